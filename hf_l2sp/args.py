@@ -1,0 +1,264 @@
+"""The `l2sp_*` argument fields and every check that can be made on them before a model is loaded."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Optimizers that update weights inside backward: there is no moment between "all gradients are there" and "the
+# step is taken" at which the gradient of the penalty could be added once.
+_BACKWARD_OPTIMIZERS = ("lomo", "layerwise")
+
+
+def _not_yet(name: str, value: Any, instead: str) -> ValueError:
+    from . import __version__
+
+    return ValueError(f"{name}={value!r} is not available in hf_l2sp {__version__}; {instead}.")
+
+
+@dataclass
+class L2SPArguments:
+    r"""The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.
+
+    The objective per optimizer step is
+
+        mean task loss + λ · Σ_i w_i ‖θ_i − θ0_i‖² + β ‖θ_new‖²
+
+    without a factor ½ (the gradient of the penalty is 2·λ·w·(θ − θ0)). Li, Grandvalet and Davoine, 2018
+    (arXiv 1802.01483) write α/2, so their α is 2·λ.
+
+    Put it first: `class MyConfig(L2SPArguments, SFTConfig)`.
+
+    While `l2sp_lambda` > 0 the inherited `weight_decay` acts only on parameters that have no anchor: a pull to zero
+    and a pull to θ0 on the same weight contradict each other.
+
+    > Parameters that control the strength of the penalty
+
+    Args:
+        l2sp_lambda (`float`, defaults to `0.01`):
+            λ. 0 switches everything off: no anchor, no memory, the run is that of `Trainer` bit for bit.
+        l2sp_schedule (`str`, defaults to `"constant"`):
+            Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` is not available yet.
+        l2sp_mode (`str`, defaults to `"loss"`):
+            `loss`: the penalty is part of the objective. `decoupled` is not available yet.
+        l2sp_beta (`float`, defaults to `0.0`):
+            β, the weight of ‖θ_new‖² for trainable parameters that have no pretrained value (a new head). It is a
+            λ of its own and is not multiplied by `l2sp_lambda`, but `l2sp_lambda` 0 switches it off too.
+
+    > Parameters that control the anchor θ0
+
+    Args:
+        l2sp_anchor (`str`, *optional*):
+            Hub id or local path of θ0. `None`: the weights of the model handed to the trainer, before any
+            checkpoint is loaded into it.
+        l2sp_anchor_revision (`str`, *optional*):
+            Hub revision of θ0; needs `l2sp_anchor`.
+        l2sp_anchor_dtype (`str`, defaults to `"auto"`):
+            Storage of θ0: `auto` (that of the parameter, exact), `float32` or `bfloat16`. bfloat16 halves the memory
+            of a float32 anchor, but its rounding is about as large as the drift of 30 training steps.
+        l2sp_anchor_offload (`str`, defaults to `"none"`):
+            Where θ0 lives: `none` (beside the parameter) or `cpu` (streamed in chunks). `disk` is not available yet.
+
+    > Parameters that control which parameters are pulled, and how much
+
+    Args:
+        l2sp_exclude (`list[str]`, *optional*):
+            Regular expressions (`re.search` on the parameter's name) of parameters that are not pulled.
+        l2sp_weights (`dict` or `str`, *optional*):
+            w: a mapping (or its JSON) from regular expression to weight, or the path of a safetensors file with a
+            tensor per parameter (a diagonal Fisher). The first pattern that matches decides, 1 where none does;
+            a pattern that matches no parameter is an error.
+        l2sp_fisher_samples (`int`, defaults to `0`):
+            Not available yet: estimate the Fisher information on that many examples before training, as w.
+
+    > Parameters that control logging
+
+    Args:
+        l2sp_log_layers (`bool`, defaults to `False`):
+            Also log `l2sp_drift/<layer>`, the relative drift of every layer.
+
+    Raises:
+        ValueError: A value is out of range, contradicts another one or is not available yet.
+    """
+
+    l2sp_lambda: float = field(
+        default=0.01,
+        metadata={
+            "help": "Strength λ of the penalty λ·Σ w‖θ−θ0‖² (no ½). 0 switches L2-SP off. While it is > 0, "
+            "weight_decay acts only on parameters without an anchor."
+        },
+    )
+    l2sp_schedule: Literal["constant", "linear", "cosine", "auto"] = field(
+        default="constant",
+        metadata={"help": "Course of λ: constant, or linear/cosine from λ to 0 over training (auto: not yet)."},
+    )
+    l2sp_mode: Literal["loss", "decoupled"] = field(
+        default="loss",
+        metadata={"help": "loss: the penalty is part of the objective (decoupled: not yet)."},
+    )
+    l2sp_beta: float = field(
+        default=0.0,
+        metadata={"help": "Weight of ‖θ_new‖² for trainable parameters without a pretrained value, e.g. a new head."},
+    )
+    l2sp_anchor: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local path of θ0; default: the model handed to the trainer."},
+    )
+    l2sp_anchor_revision: str | None = field(
+        default=None,
+        metadata={"help": "Hub revision of θ0 (with l2sp_anchor)."},
+    )
+    l2sp_anchor_dtype: Literal["float32", "bfloat16", "auto"] = field(
+        default="auto",
+        metadata={"help": "Storage of θ0: auto (dtype of the parameter), float32 or bfloat16."},
+    )
+    l2sp_anchor_offload: Literal["none", "cpu", "disk"] = field(
+        default="none",
+        metadata={"help": "Where θ0 lives: none (beside the parameter) or cpu (disk: not yet)."},
+    )
+    l2sp_exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": "Regular expressions of parameters that are not pulled to θ0."},
+    )
+    # A bare `dict`: the argument parser cannot test `None` against a parametrised generic.
+    l2sp_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Weights w: JSON {"regular expression": weight}, or a safetensors file with one tensor each.'
+        },
+    )
+    l2sp_fisher_samples: int = field(
+        default=0,
+        metadata={"help": "Examples for estimating the Fisher information as w (> 0: not yet)."},
+    )
+    l2sp_log_layers: bool = field(
+        default=False,
+        metadata={"help": "Also log l2sp_drift/<layer> for every layer."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_l2sp_strength()
+        self._check_l2sp_anchor()
+        self._check_l2sp_selection()
+        inherited = getattr(super(), "__post_init__", None)
+        if inherited is not None:
+            inherited()
+        # `optim` is an enum only after the inherited checks.
+        optimizer = getattr(self, "optim", "")
+        optimizer = getattr(optimizer, "value", optimizer)
+        if self.l2sp_lambda > 0 and any(word in str(optimizer) for word in _BACKWARD_OPTIMIZERS):
+            raise ValueError(
+                f"optim={optimizer!r} updates the weights inside the backward pass, before the gradient of the L2-SP "
+                "penalty can be added. Use another optimizer (adamw_torch, say) or l2sp_lambda=0."
+            )
+
+    def _check_l2sp_strength(self) -> None:
+        for name in ("l2sp_lambda", "l2sp_beta"):
+            value = getattr(self, name)
+            try:
+                # An int stays an int in hyperparameter search, whose casts by `type(old)(value)` would turn every
+                # trial's λ below 1 into 0.
+                value = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}={value!r} is not a number; give a float >= 0, such as 0.01.") from None
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a finite number >= 0; use 0 to switch it off.")
+            setattr(self, name, value)
+        if self.l2sp_beta > 0 and self.l2sp_lambda == 0:
+            raise ValueError(
+                f"l2sp_beta={self.l2sp_beta} has no effect with l2sp_lambda=0, which switches everything off. Set "
+                "l2sp_lambda > 0, or l2sp_beta=0 and weight_decay instead."
+            )
+        if self.l2sp_schedule == "auto":
+            raise _not_yet("l2sp_schedule", "auto", "choose λ with l2sp_lambda and constant, linear or cosine")
+        if self.l2sp_mode == "decoupled":
+            raise _not_yet("l2sp_mode", "decoupled", "use l2sp_mode='loss'")
+        if int(self.l2sp_fisher_samples) != 0:
+            raise _not_yet(
+                "l2sp_fisher_samples", self.l2sp_fisher_samples, "use 0, and l2sp_weights for weights of your own"
+            )
+        for name in ("l2sp_schedule", "l2sp_mode"):
+            self._check_l2sp_choice(name)
+
+    def _check_l2sp_anchor(self) -> None:
+        if self.l2sp_anchor_offload == "disk":
+            raise _not_yet("l2sp_anchor_offload", "disk", "use 'none' or 'cpu'")
+        for name in ("l2sp_anchor_dtype", "l2sp_anchor_offload"):
+            self._check_l2sp_choice(name)
+        if self.l2sp_anchor is not None and not str(self.l2sp_anchor).strip():
+            raise ValueError("l2sp_anchor='' is empty; give a Hub id or a local path, or leave it out.")
+        if self.l2sp_anchor_revision is not None and self.l2sp_anchor is None:
+            raise ValueError(
+                f"l2sp_anchor_revision={self.l2sp_anchor_revision!r} needs l2sp_anchor: without it θ0 is the model "
+                "that the trainer is given, whatever its revision."
+            )
+
+    def _check_l2sp_choice(self, name: str) -> None:
+        value = getattr(self, name)
+        (annotation,) = (f.type for f in fields(L2SPArguments) if f.name == name)
+        allowed = annotation.__args__  # type: ignore[union-attr]
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
+
+    def _check_l2sp_selection(self) -> None:
+        if isinstance(self.l2sp_exclude, str):
+            self.l2sp_exclude = [self.l2sp_exclude]
+        for pattern in self.l2sp_exclude or ():
+            _check_pattern("l2sp_exclude", pattern)
+        if isinstance(self.l2sp_weights, str) and self.l2sp_weights.lstrip().startswith("{"):
+            try:
+                self.l2sp_weights = json.loads(self.l2sp_weights)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"l2sp_weights={self.l2sp_weights!r} is not valid JSON ({error}); write it as "
+                    '{"regular expression": weight}.'
+                ) from None
+        if isinstance(self.l2sp_weights, dict):
+            checked = {}
+            for pattern, weight in self.l2sp_weights.items():
+                _check_pattern("l2sp_weights", pattern)
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                    raise ValueError(f"l2sp_weights[{pattern!r}]={weight!r} is not a number; give a float >= 0.")
+                if not math.isfinite(weight) or weight < 0:
+                    raise ValueError(f"l2sp_weights[{pattern!r}]={weight!r} must be a finite number >= 0.")
+                checked[pattern] = float(weight)
+            self.l2sp_weights = checked
+        elif self.l2sp_weights is not None and not isinstance(self.l2sp_weights, str):
+            raise ValueError(
+                f"l2sp_weights is a {type(self.l2sp_weights).__name__}; give a dict of regular expression to weight, "
+                "its JSON, or the path of a safetensors file."
+            )
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{name} contains {pattern!r}, which is not a string; give regular expressions.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name} contains {pattern!r}, which is not a regular expression ({error}). Escape special characters "
+            "with a backslash."
+        ) from None
+
+
+@dataclass
+class L2SPTrainingArguments(L2SPArguments, TrainingArguments):
+    __doc__ = (L2SPArguments.__doc__ or "").replace(
+        "The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.",
+        "`transformers.TrainingArguments` with the fields of L2-SP. No inherited default differs.",
+    )
+
+
+@dataclass
+class L2SPSeq2SeqTrainingArguments(L2SPArguments, Seq2SeqTrainingArguments):
+    __doc__ = (L2SPArguments.__doc__ or "").replace(
+        "The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.",
+        "`transformers.Seq2SeqTrainingArguments` with the fields of L2-SP. No inherited default differs.",
+    )

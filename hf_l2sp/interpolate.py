@@ -1,0 +1,45 @@
+"""Between the pretrained and the fine-tuned weights: θ0 + α(θ − θ0)."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .anchor import Anchor
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def interpolate(model: _Model, anchor: Anchor, alpha: float) -> _Model:
+    """Moves the anchored parameters to θ0 + α(θ − θ0), in place; new, frozen and excluded ones stay.
+
+    Args:
+        model: The fine-tuned model that the anchor was taken from.
+        anchor: θ0.
+        alpha: 1 leaves the model as it is, 0 gives θ0, values between trade one for the other.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: `alpha` is not finite, or the anchor belongs to another model.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (arXiv 2109.01903).
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha!r} must be a finite number, usually between 0 and 1.")
+    if alpha == 1.0:
+        return model  # θ0 + (θ − θ0) would differ from θ by rounding
+    terms, _ = anchor.terms_for(model)
+    for term in terms:
+        assert term.anchor is not None
+        theta = term.parameter.detach()
+        if term.rows is not None:
+            theta = theta[: term.rows]
+        origin = term.anchor.to(device=theta.device, dtype=torch.promote_types(theta.dtype, torch.float32))
+        theta.copy_(torch.lerp(origin, theta.to(origin.dtype), alpha))
+    return model

@@ -1,0 +1,28 @@
+"""Names of parameters that do not depend on how a model is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+# Wrappers that put their own attribute between a module and its parent.
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The bare model inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name in the bare model: without the parts that compile and checkpoint wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def named_float_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Floating-point parameters of the bare model by canonical name; tied ones once, under their first name."""
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.is_floating_point():
+            yield canonical_name(name), parameter

@@ -1,0 +1,223 @@
+"""The penalty Σ w‖θ − θ0‖²: one chunked pass for value and gradient, and a differentiable form.
+
+Pure tensor functions; they know nothing of trainers, checkpoints or devices' backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .anchor import Anchor
+
+# Elements per chunk: a buffer of 2 MiB in float32 stays in the cache, and the overhead per chunk vanishes
+# (recipes/benchmarks/speed.py).
+CHUNK = 1 << 19
+# Elements per dot product: float32 partial sums of this length keep the relative error of the value near 1e-7.
+_DOT = 1 << 17
+
+
+class Term(NamedTuple):
+    """One summand w‖θ − θ0‖².
+
+    Attributes:
+        parameter: θ; its `.grad` receives the gradient.
+        anchor: θ0, or None for a pull to zero.
+        weight: w, a number or a tensor of θ0's shape.
+        rows: Leading rows of θ that are pulled; None: all.
+    """
+
+    parameter: Tensor
+    anchor: Tensor | None
+    weight: float | Tensor = 1.0
+    rows: int | None = None
+
+
+class PenaltySums(NamedTuple):
+    """What one pass found, before any λ.
+
+    Attributes:
+        weighted: Σ w‖θ − θ0‖². Shape: [].
+        squared: ‖θ − θ0‖² of every term, without w. Shape: [terms].
+    """
+
+    weighted: Tensor
+    squared: Tensor
+
+
+@torch.no_grad()
+def penalty_pass(
+    terms: Sequence[Term], coefficient: float, gradient: bool = True, grad_scale: Tensor | None = None
+) -> PenaltySums:
+    """Adds coefficient · 2w(θ − θ0) to the gradients and returns the sums, reading every number once.
+
+    Works through one buffer of `CHUNK` elements: no autograd graph, no temporary of a parameter's size. The
+    difference is taken first, in float32 (float64 for float64 parameters): 2λθ − 2λθ0 would cancel near θ0.
+
+    Args:
+        terms: The summands.
+        coefficient: λ.
+        gradient: Whether to touch gradients at all; False only measures. They are not touched either where
+            `coefficient` is 0, since 0·inf is NaN.
+        grad_scale: The factor by which the loss was scaled before backward (GradScaler). Shape: [], on device, so
+            that the host need not wait for it.
+
+    Returns:
+        The sums, float64 on the first term's device (float32 where the device has no float64).
+    """
+    gradient = gradient and coefficient != 0.0
+    buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    plain: list[Tensor] = []
+    weighted: list[Tensor] = []
+    owner: list[int] = []
+    for index, term in enumerate(terms):
+        theta = term.parameter.detach()
+        if gradient and term.parameter.grad is None:
+            # As autograd would: a parameter that the task does not reach still feels the penalty.
+            term.parameter.grad = torch.zeros_like(theta)
+        grad = term.parameter.grad if gradient else theta
+        assert grad is not None
+        if gradient and grad.layout != torch.strided:
+            # The pull is dense; sparse + dense is dense under autograd, too.
+            grad = term.parameter.grad = grad.to_dense()
+        if term.rows is not None:
+            theta, grad = theta[: term.rows], grad[: term.rows]
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        per_element = term.weight if isinstance(term.weight, Tensor) else None
+        scratch = buffers.setdefault((theta.device, dtype), [])
+        for theta_, anchor_, weight_, grad_ in _chunks(theta, term.anchor, per_element, grad):
+            difference = _difference(theta_, anchor_, _buffer(scratch, 0, theta_, dtype))
+            pull = difference
+            if weight_ is not None:
+                pull = torch.mul(difference, weight_, out=_buffer(scratch, 1, theta_, dtype))
+            for start in range(0, difference.numel(), _DOT):
+                part = difference.view(-1)[start : start + _DOT]
+                plain.append(torch.dot(part, part))
+                if weight_ is not None:
+                    weighted.append(torch.dot(part, pull.view(-1)[start : start + _DOT]))
+                else:
+                    weighted.append(plain[-1] if term.weight == 1.0 else plain[-1] * term.weight)
+                owner.append(index)
+            if gradient:
+                if grad_scale is not None:
+                    pull.mul_(grad_scale.to(pull.device))
+                scalar = 1.0 if weight_ is not None else float(term.weight)
+                grad_.add_(pull, alpha=2.0 * coefficient * scalar)
+    return _sums(terms, plain, weighted, owner)
+
+
+def _sums(terms: Sequence[Term], plain: list[Tensor], weighted: list[Tensor], owner: list[int]) -> PenaltySums:
+    device = terms[0].parameter.device if terms else torch.device("cpu")
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    squared = torch.zeros(len(terms), dtype=dtype, device=device)
+    if not plain:
+        return PenaltySums(torch.zeros((), dtype=dtype, device=device), squared)
+    index = torch.tensor(owner, device=device)
+    squared.index_add_(0, index, torch.stack([part.to(device, dtype) for part in plain]))
+    return PenaltySums(torch.stack([part.to(device, dtype) for part in weighted]).sum(), squared)
+
+
+def _buffer(scratch: list[Tensor], slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    while len(scratch) <= slot:
+        scratch.append(torch.empty(CHUNK, dtype=dtype, device=like.device))
+    return scratch[slot][: like.numel()].view(like.shape)
+
+
+def _difference(theta: Tensor, anchor: Tensor | None, out: Tensor) -> Tensor:
+    if anchor is None:
+        return out.copy_(theta)
+    if theta.dtype == out.dtype and anchor.dtype == out.dtype and anchor.device == theta.device:
+        return torch.sub(theta, anchor, out=out)
+    # bfloat16 or offloaded θ0 comes into the buffer first; a − b = −(b − a) exactly.
+    return out.copy_(anchor, non_blocking=True).sub_(theta).neg_()
+
+
+def _chunks(*tensors: Tensor | None) -> Iterator[list[Any]]:
+    """Aligned pieces of at most `CHUNK` elements of tensors of one shape; None stays None."""
+    present = [t for t in tensors if t is not None]
+    first = present[0]
+    if first.numel() == 0:
+        return
+    if all(t.is_contiguous() for t in present):
+        flat = [None if t is None else t.view(-1) for t in tensors]
+        for start in range(0, first.numel(), CHUNK):
+            yield [None if t is None else t[start : start + CHUNK] for t in flat]
+    elif first.numel() <= CHUNK:
+        yield list(tensors)
+    else:
+        for start, length in _row_blocks(first):
+            yield from _chunks(*(None if t is None else t.narrow(0, start, length) for t in tensors))
+
+
+def _row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Starts and lengths that cut a tensor along its first dimension; a single row is cut further by its caller."""
+    rows = tensor.shape[0]
+    step = max(1, min(rows - 1, CHUNK * rows // tensor.numel()))
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """Σ w(θ − θ0)² of one parameter, whose graph keeps θ and θ0 instead of temporaries."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, anchor: Tensor | None, weight: float | Tensor, rows: int | None) -> Tensor:
+        ctx.save_for_backward(theta)
+        ctx.rest = (anchor, weight, rows)
+        sums = penalty_pass([Term(theta, anchor, weight, rows)], 1.0, gradient=False)
+        return sums.weighted.to(torch.promote_types(theta.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (theta,) = ctx.saved_tensors
+        anchor, weight, rows = ctx.rest
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        pulled = (theta if rows is None else theta[:rows]).to(dtype)
+        difference = pulled if anchor is None else pulled - anchor.to(device=theta.device, dtype=dtype)
+        gradient = (2.0 * grad_output.to(device=theta.device, dtype=dtype)) * (difference * weight)
+        if rows is not None:
+            rest = gradient.new_zeros((theta.shape[0] - rows, *theta.shape[1:]))
+            gradient = torch.cat([gradient, rest])
+        return gradient.to(theta.dtype), None, None, None
+
+
+def l2sp_penalty(
+    model: nn.Module,
+    anchor: Anchor,
+    weights: Mapping[str, float | Tensor] | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """The differentiable penalty Σ w‖θ − θ0‖² + β‖θ_new‖², for training loops of your own.
+
+    There is no λ and no ½ in it: add `l2sp_lambda * l2sp_penalty(model, anchor)` to the loss once per optimizer
+    step. Parameters that are frozen now are left out.
+
+    Args:
+        model: The model that the anchor was taken from, wrapped or not.
+        anchor: θ0.
+        weights: w, as regular expression → number or parameter name → tensor; None: those of the anchor's plan.
+        beta: Weight of the squared norm of trainable parameters without a pretrained value.
+
+    Returns:
+        The penalty, summed in float64 per parameter. Shape: []. float32, or float64 with float64 parameters.
+
+    Raises:
+        ValueError: The anchor belongs to another model, weights do not match, or nothing is anchored.
+
+    Source: Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional
+    Networks", 2018 (arXiv 1802.01483), eq. 3.
+    """
+    terms, new = anchor.terms_for(model, weights)
+    total: Tensor | None = None
+    for scale, group in ((1.0, terms), (beta, new if beta else [])):
+        for term in group:
+            value: Tensor = _SquaredDistance.apply(term.parameter, term.anchor, term.weight, term.rows)
+            value = value * scale if scale != 1.0 else value
+            total = value if total is None else total + value.to(total.device)
+    if total is None:
+        raise ValueError("l2sp_penalty found no trainable parameter with an anchor; unfreeze some, or leave it out.")
+    return total

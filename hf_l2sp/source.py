@@ -1,0 +1,167 @@
+"""Loading θ0 from a Hub id or a local folder, with checks of names and shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .naming import canonical_name, named_float_parameters, unwrap
+from .plan import PlanEntry, build_plan
+from .provenance import Provenance, examine, is_vocabulary
+
+
+class SourceWeights(NamedTuple):
+    """Values by canonical name (only those that the model can take), and what they say about its origin."""
+
+    values: dict[str, Tensor]
+    provenance: Provenance
+
+
+def load_source(
+    id_or_path: str, model: nn.Module, revision: str | None = None, exclude: Sequence[str] | None = None
+) -> SourceWeights:
+    """Loads the values of a model's parameters from another checkpoint of its architecture.
+
+    Args:
+        id_or_path: Hub id or local folder; for a model that is no `PreTrainedModel` a folder with
+            `model.safetensors`, or such a file.
+        model: The model that will be trained.
+        revision: Hub revision.
+        exclude: Regular expressions of parameters for which no value is needed.
+
+    Raises:
+        ValueError: The source cannot be loaded, is of another architecture, has other shapes, or lacks part of the
+            base model.
+    """
+    bare = unwrap(model)
+    if isinstance(bare, PreTrainedModel):
+        found, commit = _load_pretrained(id_or_path, bare, revision)
+    else:
+        found, commit = _load_safetensors(id_or_path), None
+    handed = examine(bare)
+    plan = build_plan(bare, Provenance(True, handed.new), exclude)
+    values: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    missing, mismatched = [], []
+    for name, entry in plan.entries.items():
+        value = found.get(name)
+        if value is None:
+            if _is_required(bare, entry):
+                missing.append(name)
+            continue
+        value, kept_rows = _matched(bare, entry, value)
+        if value is None:
+            if _is_required(bare, entry):
+                mismatched.append(f"{name} is {tuple(found[name].shape)}, needs {tuple(entry.parameter.shape)}")
+            continue
+        values[name] = value
+        if kept_rows is not None:
+            rows[name] = kept_rows
+    if mismatched:
+        raise ValueError(
+            f"l2sp_anchor={id_or_path!r} does not fit the model: {'; '.join(mismatched[:5])} ({len(mismatched)} in "
+            "all). Name the checkpoint that the model was made from, or take these out with l2sp_exclude."
+        )
+    if missing:
+        raise ValueError(
+            f"l2sp_anchor={id_or_path!r} has no value for {', '.join(missing[:5])} ({len(missing)} of "
+            f"{len(plan.entries)} parameters). Name the checkpoint that the model was made from, or take these out "
+            "with l2sp_exclude."
+        )
+    source = os.path.abspath(id_or_path) if os.path.exists(id_or_path) else id_or_path
+    new = frozenset(plan.entries) - frozenset(values)
+    return SourceWeights(values, Provenance(True, new, rows, source, commit))
+
+
+def _is_required(bare: nn.Module, entry: PlanEntry) -> bool:
+    """Whether a source without this parameter cannot be the model's θ0: all but heads, which are task-specific."""
+    if not entry.can_be_anchored:
+        return False
+    prefix = getattr(bare, "base_model_prefix", "")
+    has_base = bool(prefix) and hasattr(bare, prefix)
+    return entry.name.startswith(f"{prefix}.") if has_base else True
+
+
+def _matched(bare: nn.Module, entry: PlanEntry, value: Tensor) -> tuple[Tensor | None, int | None]:
+    """The value cut to the parameter's shape, and how many rows it covers where it is shorter."""
+    shape, parameter = tuple(value.shape), entry.parameter
+    if shape == tuple(parameter.shape):
+        return value, None
+    if shape[1:] != tuple(parameter.shape)[1:] or not is_vocabulary(bare, parameter):
+        return None, None
+    if shape[0] > parameter.shape[0]:
+        return value[: parameter.shape[0]], None
+    return value, shape[0]
+
+
+def _load_pretrained(
+    id_or_path: str, bare: PreTrainedModel, revision: str | None
+) -> tuple[Mapping[str, Tensor], str | None]:
+    try:
+        config = AutoConfig.from_pretrained(id_or_path, revision=revision)
+    except Exception as error:  # OSError, ValueError, HTTP errors, broken JSON: the cause is told
+        raise _unloadable(id_or_path, revision, error) from error
+    if config.model_type != bare.config.model_type:
+        raise ValueError(
+            f"l2sp_anchor={id_or_path!r} is a {config.model_type!r} model, the model to train a "
+            f"{bare.config.model_type!r}. θ0 needs the same architecture."
+        )
+    dtypes = {p.dtype for p in bare.parameters() if p.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    try:
+        # The missing head is initialised at random and thrown away; it must not move the training's random numbers.
+        with _quiet(), torch.random.fork_rng(devices=_cuda_devices()):
+            pretrained_class: Any = type(bare)
+            loaded, info = pretrained_class.from_pretrained(
+                id_or_path, revision=revision, config=config, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:
+        raise _unloadable(id_or_path, revision, error) from error
+    absent = {canonical_name(name) for name in info["missing_keys"]}
+    absent |= {canonical_name(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]}
+    values = {name: p.detach() for name, p in named_float_parameters(loaded) if name not in absent}
+    return values, getattr(loaded.config, "_commit_hash", None)
+
+
+def _load_safetensors(path: str) -> Mapping[str, Tensor]:
+    file = os.path.join(path, SAFE_WEIGHTS_NAME) if os.path.isdir(path) else path
+    try:
+        return {canonical_name(name): value for name, value in load_file(file).items()}
+    except Exception as error:  # safetensors raises its own error type
+        raise _unloadable(path, None, error) from error
+
+
+def _unloadable(id_or_path: str, revision: str | None, error: Exception) -> ValueError:
+    at = f" at revision {revision!r}" if revision else ""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ValueError(
+        f"θ0 cannot be loaded from {id_or_path!r}{at}: {first_line} Set l2sp_anchor to a local folder with the "
+        "pretrained model, or to a Hub id that is reachable or in the cache."
+    )
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loading report, whose missing head is of no concern here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,37 @@
+"""λ over time."""
+
+import math
+from typing import Any
+
+
+def strength_at(schedule: str, base: float, step: int, total_steps: int) -> float:
+    """λ of one optimizer step.
+
+    Args:
+        schedule: `constant`, or `linear` / `cosine`, which fall from `base` at step 0 to 0 at `total_steps`.
+        base: λ as the user set it.
+        step: Optimizer steps taken so far.
+        total_steps: Optimizer steps of the whole training; 0 when it is not known, and λ is then `base`.
+
+    Raises:
+        ValueError: The schedule is unknown.
+    """
+    if schedule == "constant" or total_steps <= 0:
+        return base
+    progress = min(max(step / total_steps, 0.0), 1.0)
+    if schedule == "linear":
+        return base * (1.0 - progress)
+    if schedule == "cosine":
+        return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"l2sp_schedule={schedule!r} is unknown; choose 'constant', 'linear' or 'cosine'.")
+
+
+def schedule_state(schedule: str, base: float, step: int, total_steps: int) -> dict[str, Any]:
+    """The schedule's state, as it is written into `l2sp_state.json`."""
+    return {
+        "schedule": schedule,
+        "base": base,
+        "step": step,
+        "total_steps": total_steps,
+        "current": strength_at(schedule, base, step, total_steps),
+    }

@@ -1,0 +1,315 @@
+"""The trainers: where in a `Trainer`'s life the anchor is taken, the penalty added and everything reported."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from .anchor import Anchor
+from .args import L2SPArguments
+from .card import add_l2sp_section
+from .heads import warn_if_head_ignores_item_count
+from .launch import check_launch
+from .naming import canonical_name, unwrap
+from .penalty import l2sp_penalty, penalty_pass
+from .plan import Plan
+from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift
+from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor, write_state
+from .strength import schedule_state, strength_at
+
+logger = logging.get_logger(__name__)
+
+_DEFAULTS = {f.name: f.default for f in fields(L2SPArguments)}
+
+# Models whose weights an L2SPTrainer has changed in this process: a second trainer cannot see it otherwise.
+_trained_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class L2SPMixin:
+    """Adds λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the objective of any `transformers.Trainer`; put it first.
+
+    `class MySFT(L2SPMixin, SFTTrainer)`, with arguments from `class MyConfig(L2SPArguments, SFTConfig)`; plain
+    `TrainingArguments` work too, with the defaults of `L2SPArguments`.
+
+    θ0 is taken once per model, before any checkpoint is loaded into it. The gradient of the penalty is added once
+    per optimizer step, when the gradients of all micro-batches are there and before they are clipped, whatever the
+    gradient accumulation, precision or loss scale; the step returns task loss plus penalty. Evaluation and
+    prediction know nothing of it. With `l2sp_lambda` 0 every method is the one of `Trainer`.
+
+    Source: Li, Grandvalet and Davoine, 2018 (arXiv 1802.01483).
+
+    Attributes:
+        l2sp_anchor (`Anchor` or `None`): θ0; None before training starts and with `l2sp_lambda` 0.
+    """
+
+    # Set by the trainer that follows in the bases.
+    args: Any
+    model: Any
+    accelerator: Any
+    state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.l2sp_anchor: Anchor | None = None
+        self._l2sp_model: weakref.ref[nn.Module] | None = None
+        self._l2sp_in_step = False
+        # Of the window since the last log; on the device, so that no step waits for the host.
+        self._l2sp_window: list[Tensor] = []
+        self._l2sp_last: tuple[float, list[str], Tensor] | None = None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def l2sp_plan(self) -> Plan | None:
+        """Which parameter is anchored, new, frozen or excluded; None before training starts."""
+        return None if self.l2sp_anchor is None else self.l2sp_anchor.plan
+
+    def _l2sp_arg(self, name: str) -> Any:
+        return getattr(self.args, name, _DEFAULTS[name])
+
+    @property
+    def _l2sp_on(self) -> bool:
+        return self._l2sp_arg("l2sp_lambda") > 0
+
+    def _l2sp_strength(self) -> float:
+        # Read anew each time: hyperparameter search and callbacks set the argument while the trainer lives.
+        return strength_at(
+            self._l2sp_arg("l2sp_schedule"),
+            float(self._l2sp_arg("l2sp_lambda")),
+            self.state.global_step,
+            self.state.max_steps or 0,
+        )
+
+    # --- the anchor -------------------------------------------------------------------------------------------------
+
+    def _l2sp_prepare_anchor(self, checkpoint: str | None = None) -> None:
+        """Takes θ0 of the present model, unless that is done; with a checkpoint, checks it against its record."""
+        bare = unwrap(self.model)
+        if self.l2sp_anchor is None or self._l2sp_model is None or self._l2sp_model() is not bare:
+            check_launch(self)
+            self.l2sp_anchor = None  # that of an earlier model need not stay beside the new one
+            self.l2sp_anchor = self._l2sp_take_anchor(bare)
+            self.l2sp_anchor.require_own_memory()
+            self._l2sp_model = weakref.ref(bare)
+            if self.is_world_process_zero():  # type: ignore[attr-defined]
+                logger.warning(self.l2sp_anchor.plan.summary())
+        if checkpoint is None:
+            return
+        state = read_state(checkpoint)
+        if state is None:
+            logger.warning(
+                f"{checkpoint} has no {STATE_NAME}: it was not saved by an L2SPTrainer with l2sp_lambda > 0. θ0 is "
+                "the model handed to the trainer (or l2sp_anchor), which cannot be checked."
+            )
+            return
+        # What was unfrozen before the checkpoint still has its pretrained value here, and not once it is loaded.
+        self.l2sp_anchor.join_trainable(also=entry_names(state))
+        check_fingerprint(self.l2sp_anchor, state, checkpoint)
+
+    def _l2sp_take_anchor(self, bare: nn.Module) -> Anchor:
+        options = {
+            "exclude": self._l2sp_arg("l2sp_exclude"),
+            "weights": self._l2sp_arg("l2sp_weights"),
+            "dtype": self._l2sp_arg("l2sp_anchor_dtype"),
+            "offload": self._l2sp_arg("l2sp_anchor_offload"),
+        }
+        source = self._l2sp_arg("l2sp_anchor")
+        if source is not None:
+            return Anchor.from_pretrained(source, bare, revision=self._l2sp_arg("l2sp_anchor_revision"), **options)
+        recorded = recorded_anchor(bare, **options)
+        if recorded is not None:
+            return recorded
+        if bare in _trained_models:
+            logger.warning(
+                "The model handed to this trainer was already trained by another L2SPTrainer in this process; its "
+                "present weights are the new θ0. To keep the pretrained ones, set l2sp_anchor to their Hub id or "
+                "folder, or load the model anew."
+            )
+        return Anchor.from_model(bare, **options)
+
+    # A checkpoint is loaded before `create_optimizer` in a single process; whichever comes first takes θ0.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._l2sp_on:
+            self._l2sp_prepare_anchor(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self._l2sp_on:
+            self._l2sp_prepare_anchor()
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        # Reached once per training loop, also when auto_find_batch_size starts it again.
+        if self._l2sp_on:
+            self._l2sp_prepare_anchor()
+            self._l2sp_window = []
+        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        if not self._l2sp_on or self.l2sp_anchor is None:
+            return names
+        # A pull to zero would contradict the pull to θ0. An entry that is frozen now may be unfrozen later.
+        return [n for n in names if not self._l2sp_may_be_anchored(canonical_name(n))]
+
+    def _l2sp_may_be_anchored(self, name: str) -> bool:
+        entry = self.l2sp_anchor.plan.entries.get(name) if self.l2sp_anchor is not None else None
+        return entry is not None and entry.can_be_anchored
+
+    # --- the objective ----------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Task loss; plus the penalty, differentiable, for a model in training mode outside a training step.
+
+        Inside a training step the term stays out of the graph: `training_step` adds its gradient and its value once
+        per optimizer step, instead of once per micro-batch.
+        """
+        if not self._l2sp_on:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self._l2sp_in_step:
+            warn_if_head_ignores_item_count(self, super().compute_loss, model, inputs, args, kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not model.training:
+            return result
+        self._l2sp_prepare_anchor()
+        assert self.l2sp_anchor is not None
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        penalty = self._l2sp_strength() * l2sp_penalty(unwrap(self.model), self.l2sp_anchor)
+        beta = float(self._l2sp_arg("l2sp_beta"))
+        for term in self.l2sp_anchor.new_terms() if beta else ():
+            penalty = penalty + beta * term.parameter.to(penalty.dtype).square().sum()
+        loss = loss + penalty.to(device=loss.device)
+        return (loss, *rest) if isinstance(result, tuple) else loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._l2sp_on:
+            return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        self._l2sp_prepare_anchor()
+        assert self.l2sp_anchor is not None
+        # What was unfrozen since the last step still has its pretrained value.
+        self.l2sp_anchor.join_trainable()
+        self._l2sp_in_step = True
+        try:
+            loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._l2sp_in_step = False
+        # Set by the training loop before each micro-batch: true for the last one of a window, be it a short one.
+        if not self.accelerator.sync_gradients:
+            return loss
+        penalty = self._l2sp_add_penalty()
+        _trained_models.add(unwrap(self.model))
+        # The logged loss is a sum of micro-batch values in float32; the penalty is counted once in it.
+        return loss.float() + penalty.to(device=loss.device, dtype=torch.float32)
+
+    def _l2sp_add_penalty(self) -> Tensor:
+        """Adds the gradient of λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the gradients; returns the value."""
+        anchor = self.l2sp_anchor
+        assert anchor is not None
+        strength, beta = self._l2sp_strength(), float(self._l2sp_arg("l2sp_beta"))
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = None
+        if scaler is not None and scaler.is_enabled():
+            # The factor that the loss was multiplied by; stays on the device.
+            scale = scaler.scale(torch.ones((), device=self.args.device))
+        sums = penalty_pass(anchor.terms(), strength, grad_scale=scale)
+        penalty = strength * sums.weighted
+        if beta:
+            penalty = penalty + beta * penalty_pass(anchor.new_terms(), beta, grad_scale=scale).weighted.to(
+                penalty.device
+            )
+        self._l2sp_window.append(penalty)
+        self._l2sp_last = (strength, [entry.name for entry in anchor.active()], sums.squared)
+        return penalty
+
+    # --- logs, state file, report, card -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._l2sp_on and "loss" in logs and self._l2sp_window:
+            logs.update(self._l2sp_logs(float(logs["loss"])))
+            self._l2sp_window = []
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _l2sp_logs(self, loss: float) -> dict[str, float]:
+        """The penalty averaged over the window, as the loss is; the distances and λ of its last step."""
+        assert self.l2sp_anchor is not None and self._l2sp_last is not None
+        penalty = float(torch.stack(self._l2sp_window).mean())
+        strength, names, squared = self._l2sp_last
+        total, layers = layer_drift(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
+        logs = {
+            "task_loss": loss - penalty,
+            "l2sp_penalty": penalty,
+            "l2sp_distance": total.distance,
+            "l2sp_drift": total.drift,
+            "l2sp_lambda": strength,
+        }
+        if self._l2sp_arg("l2sp_log_layers"):
+            logs.update({f"l2sp_drift/{name}": layer.drift for name, layer in layers.items()})
+        return logs
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        # Before the weights: a folder with trained weights then never lacks the record of their θ0.
+        if self._l2sp_on and self.l2sp_anchor is not None and self.args.should_save:
+            write_state(output_dir if output_dir is not None else self.args.output_dir, self._l2sp_state())
+        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _l2sp_state(self) -> dict[str, Any]:
+        assert self.l2sp_anchor is not None
+        return {
+            "anchor": anchor_state(self.l2sp_anchor),
+            "strength": schedule_state(
+                self._l2sp_arg("l2sp_schedule"),
+                float(self._l2sp_arg("l2sp_lambda")),
+                self.state.global_step,
+                self.state.max_steps or 0,
+            ),
+            "mode": self._l2sp_arg("l2sp_mode"),
+            "beta": float(self._l2sp_arg("l2sp_beta")),
+            "exclude": self._l2sp_arg("l2sp_exclude"),
+            "weights": self._l2sp_arg("l2sp_weights"),
+        }
+
+    def l2sp_drift_report(self) -> DriftReport:
+        """How far the model is from θ0 now, per layer, and how it came there.
+
+        Raises:
+            ValueError: There is no anchor: training has not started, or `l2sp_lambda` is 0.
+        """
+        if self.l2sp_anchor is None:
+            raise ValueError(
+                "There is no anchor to measure the drift from: call train() first, with l2sp_lambda > 0 (it is "
+                f"{self._l2sp_arg('l2sp_lambda')}), or use drift_report(model, anchor)."
+            )
+        report = drift_report(self.model, self.l2sp_anchor)
+        report.settings = {
+            name: self._l2sp_arg(f"l2sp_{name}") for name in ("lambda", "schedule", "mode", "beta", "exclude")
+        }
+        report.history = [
+            {key: entry[key] for key in HISTORY_KEYS if key in entry}
+            for entry in self.state.log_history
+            if "task_loss" in entry
+        ]
+        return report
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self._l2sp_on and self.l2sp_anchor is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
+            add_l2sp_section(self.args.output_dir, self.l2sp_drift_report())
+
+
+class L2SPTrainer(L2SPMixin, Trainer):
+    """`transformers.Trainer` with L2-SP: same constructor, same methods, arguments from `L2SPTrainingArguments`.
+
+    See `L2SPMixin` for what it does.
+    """
+
+
+class L2SPSeq2SeqTrainer(L2SPMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with L2-SP; arguments from `L2SPSeq2SeqTrainingArguments`.
+
+    See `L2SPMixin` for what it does.
+    """
