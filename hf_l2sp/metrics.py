@@ -192,7 +192,7 @@ def _calibration_error(confidence: FloatArray, correct: npt.NDArray[np.bool_], n
         raise ValueError(f"n_bins must be an integer of at least 1, got {n_bins!r}.")
     if not len(confidence):
         raise ValueError("No examples: the calibration error needs at least one scored example.")
-    # k / n_bins is the nearest float to every edge, which a linspace of steps misses: .2 belongs to the bin up to .2.
+    # Divided, not a linspace: multiples of a rounded width miss some edges by a bit, and with them a confidence there.
     inner_edges = np.arange(1, n_bins) / n_bins
     # side="left" closes a bin on the right. Rounding above 1 falls into the last bin.
     bins = np.searchsorted(inner_edges, confidence, side="left")
