@@ -151,7 +151,8 @@ class L2SPMixin:
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
-        if not self._l2sp_on or self.l2sp_anchor is None:
+        # Without decay the groups stay as Trainer makes them, so that either loads the other's optimizer state.
+        if not self._l2sp_on or self.l2sp_anchor is None or self.args.weight_decay == 0:
             return names
         # A pull to zero would contradict the pull to θ0. An entry that is frozen now may be unfrozen later.
         return [n for n in names if not self._l2sp_may_be_anchored(canonical_name(n))]

@@ -197,7 +197,8 @@ def cases(tiny_bert_dir, tmp_path):
     }
 
 
-CASES = """bert no-loss-kwargs label-smoothing compute-loss-func causal-lm tied-weights bf16-autocast bf16-weights float64
+CASES = """bert no-loss-kwargs label-smoothing compute-loss-func causal-lm tied-weights bf16-autocast bf16-weights
+float64
 grad-scaler model-init max-steps torch-compile gradient-checkpointing mismatched-head deepcopied not-from-pretrained
 foreign-module resized-embeddings excluded pattern-weights fisher-file beta other-anchor offload-cpu anchor-bfloat16
 linear cosine unfrozen-later""".split()
