@@ -17,9 +17,10 @@ from .provenance import Provenance, examine
 from .source import SourceWeights, load_source
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-# Sums are compared on a grid of 2^-27 of the tensor's size: far coarser than the float64 rounding that depends on
-# the order of summation (threads, shards), and fine enough to see one changed weight among millions.
-_GRID_BITS = 27
+# Sums are compared on grids: far coarser than the float64 rounding that depends on the order of summation (threads,
+# shards), and fine enough to see one changed weight among millions. Σ x is measured against ‖x‖, about as large as
+# the sum of a matrix with mean 0.
+_SUM_BITS, _SQUARES_BITS = 27, 32
 
 
 class EntrySums(NamedTuple):
@@ -30,13 +31,17 @@ class EntrySums(NamedTuple):
     squared: float
 
     @property
-    def grid(self) -> int:
-        """Σ x in units of the grid."""
-        size = math.sqrt(max(math.prod(self.shape), 1) * self.squared)
-        if size == 0.0:
-            return 0
-        # The odd factor keeps round sizes (a norm's weights that are all 1) off the steps of the exponent.
-        return round(math.ldexp(self.total, _GRID_BITS - math.frexp(1.2345 * size)[1]))
+    def identity(self) -> tuple[tuple[int, ...], int, int]:
+        """Shape and both sums in units of their grids: equal for equal tensors, however they were summed up."""
+        norm = math.sqrt(self.squared)
+        return self.shape, _on_grid(self.total, norm, _SUM_BITS), _on_grid(self.squared, self.squared, _SQUARES_BITS)
+
+
+def _on_grid(value: float, size: float, bits: int) -> int:
+    if size == 0.0 or not math.isfinite(size):
+        return 0
+    # The odd factor keeps round sizes (a norm's weights that are all 1) off the steps of the exponent.
+    return round(math.ldexp(value, bits - math.frexp(1.2345 * size)[1]))
 
 
 class Anchor(Mapping[str, Tensor]):
@@ -161,6 +166,10 @@ class Anchor(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._values)
 
+    # A mapping of tensors has no truth value to compare; two anchors are equal when they are one.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def join_trainable(self, also: Sequence[str] = ()) -> list[str]:
         """Stores θ0 of every parameter that has become trainable, from its present value; returns their names.
 
@@ -197,7 +206,7 @@ class Anchor(Mapping[str, Tensor]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and float64 sums of θ0; the same however the model is sharded."""
-        lines = [f"{name}|{tuple(s.shape)}|{s.grid}" for name, s in sorted(self._sums.items())]
+        lines = [f"{name}|{sums.identity}" for name, sums in sorted(self._sums.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
@@ -233,6 +242,8 @@ class Anchor(Mapping[str, Tensor]):
         Raises:
             ValueError: An anchored parameter is missing from the model or has another shape.
         """
+        self.join_trainable()
+        names, stored = self.stored_terms(model)
         plan = self.plan
         if weights is not None:
             new = frozenset(n for n, e in plan.entries.items() if not e.pretrained)
@@ -240,7 +251,6 @@ class Anchor(Mapping[str, Tensor]):
             plan = build_plan(model, Provenance(True, new, rows), weights=weights)
             for name, entry in self.plan.entries.items():
                 plan.entries[name].excluded |= entry.excluded
-        names, stored = self.stored_terms(model)
         terms = [
             term._replace(weight=plan.entries[name].weight)
             for name, term in zip(names, stored, strict=True)

@@ -1,15 +1,13 @@
 """The `l2sp_*` argument fields and every check that can be made on them before a model is loaded."""
 
+import inspect
 import json
-import math
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .selection import checked_number, checked_patterns
 
 # Optimizers that update weights inside backward: there is no moment between "all gradients are there" and "the
 # step is taken" at which the gradient of the penalty could be added once.
@@ -22,7 +20,7 @@ def _not_yet(name: str, value: Any, instead: str) -> ValueError:
     return ValueError(f"{name}={value!r} is not available in hf_l2sp {__version__}; {instead}.")
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides tokens
 class L2SPArguments:
     r"""The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.
 
@@ -142,6 +140,12 @@ class L2SPArguments:
         metadata={"help": "Also log l2sp_drift/<layer> for every layer."},
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `class MyConfig(L2SPArguments, SFTConfig): ...` needs no decorator; one with fields of its own does, as ever.
+        if not inspect.get_annotations(cls):
+            dataclass(repr=False)(cls)
+
     def __post_init__(self) -> None:
         self._check_l2sp_strength()
         self._check_l2sp_anchor()
@@ -160,16 +164,8 @@ class L2SPArguments:
 
     def _check_l2sp_strength(self) -> None:
         for name in ("l2sp_lambda", "l2sp_beta"):
-            value = getattr(self, name)
-            try:
-                # An int stays an int in hyperparameter search, whose casts by `type(old)(value)` would turn every
-                # trial's λ below 1 into 0.
-                value = float(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{name}={value!r} is not a number; give a float >= 0, such as 0.01.") from None
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a finite number >= 0; use 0 to switch it off.")
-            setattr(self, name, value)
+            # As a float: hyperparameter search casts by `type(old)(value)` and would turn every λ below 1 into 0.
+            setattr(self, name, checked_number(name, getattr(self, name)))
         if self.l2sp_beta > 0 and self.l2sp_lambda == 0:
             raise ValueError(
                 f"l2sp_beta={self.l2sp_beta} has no effect with l2sp_lambda=0, which switches everything off. Set "
@@ -179,7 +175,9 @@ class L2SPArguments:
             raise _not_yet("l2sp_schedule", "auto", "choose λ with l2sp_lambda and constant, linear or cosine")
         if self.l2sp_mode == "decoupled":
             raise _not_yet("l2sp_mode", "decoupled", "use l2sp_mode='loss'")
-        if int(self.l2sp_fisher_samples) != 0:
+        if type(self.l2sp_fisher_samples) is not int:
+            raise ValueError(f"l2sp_fisher_samples={self.l2sp_fisher_samples!r} is not a whole number; use 0.")
+        if self.l2sp_fisher_samples != 0:
             raise _not_yet(
                 "l2sp_fisher_samples", self.l2sp_fisher_samples, "use 0, and l2sp_weights for weights of your own"
             )
@@ -207,10 +205,8 @@ class L2SPArguments:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
     def _check_l2sp_selection(self) -> None:
-        if isinstance(self.l2sp_exclude, str):
-            self.l2sp_exclude = [self.l2sp_exclude]
-        for pattern in self.l2sp_exclude or ():
-            _check_pattern("l2sp_exclude", pattern)
+        if self.l2sp_exclude is not None:
+            self.l2sp_exclude = checked_patterns("l2sp_exclude", self.l2sp_exclude)
         if isinstance(self.l2sp_weights, str) and self.l2sp_weights.lstrip().startswith("{"):
             try:
                 self.l2sp_weights = json.loads(self.l2sp_weights)
@@ -220,15 +216,8 @@ class L2SPArguments:
                     '{"regular expression": weight}.'
                 ) from None
         if isinstance(self.l2sp_weights, dict):
-            checked = {}
-            for pattern, weight in self.l2sp_weights.items():
-                _check_pattern("l2sp_weights", pattern)
-                if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                    raise ValueError(f"l2sp_weights[{pattern!r}]={weight!r} is not a number; give a float >= 0.")
-                if not math.isfinite(weight) or weight < 0:
-                    raise ValueError(f"l2sp_weights[{pattern!r}]={weight!r} must be a finite number >= 0.")
-                checked[pattern] = float(weight)
-            self.l2sp_weights = checked
+            checked_patterns("l2sp_weights", list(self.l2sp_weights))
+            self.l2sp_weights = {p: checked_number(f"l2sp_weights[{p!r}]", w) for p, w in self.l2sp_weights.items()}
         elif self.l2sp_weights is not None and not isinstance(self.l2sp_weights, str):
             raise ValueError(
                 f"l2sp_weights is a {type(self.l2sp_weights).__name__}; give a dict of regular expression to weight, "
@@ -236,19 +225,7 @@ class L2SPArguments:
             )
 
 
-def _check_pattern(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise ValueError(f"{name} contains {pattern!r}, which is not a string; give regular expressions.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{name} contains {pattern!r}, which is not a regular expression ({error}). Escape special characters "
-            "with a backslash."
-        ) from None
-
-
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides tokens
 class L2SPTrainingArguments(L2SPArguments, TrainingArguments):
     __doc__ = (L2SPArguments.__doc__ or "").replace(
         "The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.",
@@ -256,7 +233,7 @@ class L2SPTrainingArguments(L2SPArguments, TrainingArguments):
     )
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides tokens
 class L2SPSeq2SeqTrainingArguments(L2SPArguments, Seq2SeqTrainingArguments):
     __doc__ = (L2SPArguments.__doc__ or "").replace(
         "The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.",

@@ -28,7 +28,7 @@ def warn_if_head_ignores_item_count(
     if getattr(trainer, "_l2sp_head_checked", False):
         return
     count = kwargs.get("num_items_in_batch")
-    windows = max(trainer.args.gradient_accumulation_steps, trainer.accelerator.num_processes)
+    windows = trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
     if count is None or windows <= 1:
         return
     trainer._l2sp_head_checked = True
@@ -37,13 +37,15 @@ def warn_if_head_ignores_item_count(
         return
     bare = unwrap(model)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    modes = [(module, module.training) for module in bare.modules()]
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         bare.eval()
         try:
             one = parent(bare, dict(inputs), num_items_in_batch=count)
             two = parent(bare, dict(inputs), num_items_in_batch=count * 2)
         finally:
-            bare.train()
+            for module, training in modes:
+                module.training = training
     if not bool(torch.isfinite(one)) or float(one) == 0.0 or not torch.equal(one, two):
         return
     if trainer.is_world_process_zero():

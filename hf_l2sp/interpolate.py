@@ -15,7 +15,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @torch.no_grad()
 def interpolate(model: _Model, anchor: Anchor, alpha: float) -> _Model:
-    """Moves the anchored parameters to θ0 + α(θ − θ0), in place; new, frozen and excluded ones stay.
+    """Moves the anchored parameters to θ0 + α(θ − θ0), in place; new and excluded ones stay.
 
     Args:
         model: The fine-tuned model that the anchor was taken from.
@@ -32,14 +32,13 @@ def interpolate(model: _Model, anchor: Anchor, alpha: float) -> _Model:
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha!r} must be a finite number, usually between 0 and 1.")
-    if alpha == 1.0:
-        return model  # θ0 + (θ − θ0) would differ from θ by rounding
-    terms, _ = anchor.terms_for(model)
-    for term in terms:
+    _, terms = anchor.stored_terms(model)
+    for term in terms if alpha != 1.0 else ():  # θ0 + (θ − θ0) would differ from θ by rounding
         assert term.anchor is not None
         theta = term.parameter.detach()
         if term.rows is not None:
             theta = theta[: term.rows]
         origin = term.anchor.to(device=theta.device, dtype=torch.promote_types(theta.dtype, torch.float32))
-        theta.copy_(torch.lerp(origin, theta.to(origin.dtype), alpha))
+        # 0·NaN is NaN: the way back must be open to a model that has diverged.
+        theta.copy_(torch.lerp(origin, theta.to(origin.dtype), alpha) if alpha else origin)
     return model

@@ -13,7 +13,12 @@ _WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wr
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    while True:
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+        inner = getattr(inner, "_orig_mod", inner)
+        if inner is model:
+            return inner
+        model = inner
 
 
 def canonical_name(name: str) -> str:

@@ -148,17 +148,13 @@ def _chunks(*tensors: Tensor | None) -> Iterator[list[Any]]:
             yield [None if t is None else t[start : start + CHUNK] for t in flat]
     elif first.numel() <= CHUNK:
         yield list(tensors)
+    elif first.numel() > CHUNK * first.shape[0]:  # a single row is too long
+        for row in range(first.shape[0]):
+            yield from _chunks(*(None if t is None else t[row] for t in tensors))
     else:
-        for start, length in _row_blocks(first):
-            yield from _chunks(*(None if t is None else t.narrow(0, start, length) for t in tensors))
-
-
-def _row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Starts and lengths that cut a tensor along its first dimension; a single row is cut further by its caller."""
-    rows = tensor.shape[0]
-    step = max(1, min(rows - 1, CHUNK * rows // tensor.numel()))
-    for start in range(0, rows, step):
-        yield start, min(step, rows - start)
+        step = CHUNK * first.shape[0] // first.numel()
+        for start in range(0, first.shape[0], step):
+            yield [None if t is None else t[start : start + step] for t in tensors]
 
 
 class _SquaredDistance(torch.autograd.Function):

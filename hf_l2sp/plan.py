@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .naming import canonical_name, named_float_parameters
 from .provenance import Provenance
+from .selection import checked_number, checked_patterns
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,11 @@ class PlanEntry:
         return self.pretrained and not self.excluded
 
     @property
+    def elements(self) -> int:
+        """Numbers in it; for an anchored parameter, those that have an anchor."""
+        return self.pulled.numel() if self.role == "anchored" else self.parameter.numel()
+
+    @property
     def pulled(self) -> Tensor:
         """The part of θ that has an anchor (detached, sharing memory with the parameter)."""
         data = self.parameter.detach()
@@ -82,7 +88,7 @@ class Plan:
         parts = []
         for role in ROLES:
             entries = self.having(role)
-            count = sum(entry.parameter.numel() for entry in entries)
+            count = sum(entry.elements for entry in entries)
             names = ""
             if role in ("new", "excluded") and entries:
                 shown = ", ".join(entry.name for entry in entries[:4])
@@ -111,7 +117,7 @@ class Plan:
 def build_plan(
     model: nn.Module,
     provenance: Provenance,
-    exclude: Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     weights: Mapping[str, float | Tensor] | str | None = None,
 ) -> Plan:
     """Gives every floating-point parameter of the model its role and weight.
@@ -126,10 +132,11 @@ def build_plan(
     Raises:
         ValueError: A weight's pattern or tensor matches no parameter, or a tensor has the wrong shape or values.
     """
+    exclude = checked_patterns("l2sp_exclude", exclude)
     plan = Plan()
     matched: set[str] = set()
     for name, parameter in named_float_parameters(model):
-        hits = [pattern for pattern in exclude or () if re.search(pattern, name)]
+        hits = [pattern for pattern in exclude if re.search(pattern, name)]
         matched.update(hits)
         pretrained = name not in provenance.new
         excluded = bool(hits)
@@ -137,7 +144,7 @@ def build_plan(
             # Nobody can tell which part of this model is pretrained; what the user excludes has no pretrained value.
             pretrained, excluded = False, False
         plan.entries[name] = PlanEntry(name, parameter, pretrained, excluded, rows=provenance.rows.get(name))
-    for pattern in exclude or ():
+    for pattern in exclude:
         if pattern not in matched:
             logger.warning(f"l2sp_exclude: {pattern!r} matches no parameter.")
     if weights is not None:
@@ -158,7 +165,8 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 def _apply_weights(plan: Plan, weights: Mapping[str, float | Tensor]) -> None:
     tensors = {name: w for name, w in weights.items() if isinstance(w, Tensor)}
-    patterns = {pattern: float(w) for pattern, w in weights.items() if not isinstance(w, Tensor)}
+    patterns = {p: checked_number(f"l2sp_weights[{p!r}]", w) for p, w in weights.items() if not isinstance(w, Tensor)}
+    checked_patterns("l2sp_weights", list(patterns))
     unknown = [name for name in tensors if name not in plan.entries]
     unknown += [p for p in patterns if not any(re.search(p, name) for name in plan.entries)]
     if unknown:

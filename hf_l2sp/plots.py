@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from .report import DriftReport
 
 _BLUE, _ORANGE, _GREY, _GREEN = "#2f6db3", "#d9722e", "#8a8f98", "#3a8f5d"
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # numbers stay readable on the dashed line
 
 
 def draw_report(report: DriftReport, path: Path) -> Path:
@@ -44,12 +46,15 @@ def draw_report(report: DriftReport, path: Path) -> Path:
 def _draw_layers(axis: Any, report: DriftReport) -> None:
     names = [_short(name) for name in report.layers]
     values = [100.0 * layer.drift for layer in report.layers.values()]
-    bars = axis.barh(range(len(names)), values, color=_BLUE, height=0.72)
-    axis.bar_label(bars, [f"{value:.2f} %" for value in values], padding=4, fontsize=9, color="#333333")
-    axis.axvline(100.0 * report.total.drift, color=_GREY, linestyle="--", linewidth=1.2)
+    # A layer that was 0, or a run that diverged, has no bar but still its label.
+    widths = [value if math.isfinite(value) else 0.0 for value in values]
+    bars = axis.barh(range(len(names)), widths, color=_BLUE, height=0.72)
+    axis.bar_label(bars, [f"{value:.2f} %" for value in values], padding=4, fontsize=9, color="#333333", bbox=_CLEAR)
+    if math.isfinite(report.total.drift):
+        axis.axvline(100.0 * report.total.drift, color=_GREY, linestyle="--", linewidth=1.2)
     axis.set_yticks(range(len(names)), names, fontsize=10)
     axis.invert_yaxis()  # the input at the top, as one reads
-    axis.set_xlim(0, 1.18 * max([*values, 1e-9]))
+    axis.set_xlim(0, 1.18 * max([*widths, 1e-9]))
     axis.set_xlabel("relative drift  ‖θ − θ0‖ / ‖θ0‖  in %   (dashed: total)")
     axis.set_title("by layer, from the input to the output", fontsize=11)
     _plain(axis)

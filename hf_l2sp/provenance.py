@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -41,29 +43,69 @@ def examine(model: nn.Module) -> Provenance:
     """Tells pretrained from new parameters of a model as it was handed to the trainer.
 
     `from_pretrained` marks each parameter that it loads with `_is_hf_initialized` (private to transformers; a test
-    pins it). The mark does not survive `copy.deepcopy`; then the names and shapes in the source's safetensors header
-    decide, provided that the model really holds the source's values. A model that was not loaded by
-    `from_pretrained` has no new parameters: its initial state is its anchor.
+    pins it). The mark does not survive `copy.deepcopy`, and transformers 4 loses it while loading; then names, shapes
+    and values in the source's safetensors decide. A model that was not loaded by `from_pretrained` has no new
+    parameters: its initial state is its anchor. Where a module of one's own contains a loaded model, what is outside
+    of that is new.
     """
     bare = unwrap(model)
-    parameters = dict(named_float_parameters(bare))
-    source, revision = source_of(bare)
-    marked = {n for n, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
-    files = SourceFiles.find(source, revision) if source else None
-    if marked:
-        new = frozenset(parameters) - marked
-    elif files is not None and files.holds_values_of(bare, parameters):
-        new = frozenset(n for n, p in parameters.items() if not _fits(files.shape(bare, n), p))
-    else:
+    new: set[int] = set()
+    rows: dict[int, int] = {}
+    known: set[int] = set()
+    for part in _pretrained_parts(bare):
+        found = _examine_part(part)
+        if found is not None:
+            known |= {id(p) for p in part.parameters()}
+            new |= found[0]
+            rows |= found[1]
+    if not known:
         return Provenance()
-    rows = {}
-    for name, parameter in parameters.items():
-        if name in new or not is_vocabulary(bare, parameter):
-            continue
-        shape = files.shape(bare, name) if files is not None else None
-        if shape is not None and 0 < shape[0] < parameter.shape[0]:
-            rows[name] = shape[0]
-    return Provenance(True, new, rows, source, revision)
+    parameters = dict(named_float_parameters(bare))
+    return Provenance(
+        True,
+        frozenset(n for n, p in parameters.items() if id(p) in new or id(p) not in known),
+        {n: rows[id(p)] for n, p in parameters.items() if id(p) in rows},
+        *source_of(bare),
+    )
+
+
+def _pretrained_parts(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The outermost transformers models in a module."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _pretrained_parts(child)
+
+
+def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | None:
+    """Ids of the new parameters, and pretrained rows by id of enlarged ones; None if it was not loaded at all."""
+    parameters = dict(named_float_parameters(part))
+    source, revision = source_of(part)
+    files = SourceFiles.find(source, revision) if source else None
+    vocabulary = {n for n, p in parameters.items() if is_vocabulary(part, p)}
+    if any(getattr(p, "_is_hf_initialized", False) for p in parameters.values()):
+        new = {n for n, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)}
+        if files is not None:
+            # resize_token_embeddings makes an untied output layer anew, without the mark.
+            new -= {n for n in new & vocabulary if files.gave(part, n, parameters[n], enlarged=True)}
+    elif files is not None and files.holds_values_of(part, parameters):
+        new = {n for n, p in parameters.items() if not files.gave(part, n, p, enlarged=n in vocabulary)}
+    else:
+        if source and files is None:
+            logger.warning(
+                f"L2-SP cannot read safetensors of {source!r}, so it cannot tell whether {type(part).__name__} has "
+                "new parameters: all of it is anchored where it is. Take a new head out with l2sp_exclude."
+            )
+        return None
+    rows: dict[int, int] = {}
+    if files is None:
+        return {id(parameters[n]) for n in new}, rows
+    for name in vocabulary - new:
+        kept = files.leading_rows(part, name, parameters[name])
+        if 0 < kept < parameters[name].shape[0]:
+            rows[id(parameters[name])] = kept
+    return {id(parameters[n]) for n in new}, rows
 
 
 def source_of(bare: nn.Module) -> tuple[str | None, str | None]:
@@ -89,19 +131,12 @@ def is_vocabulary(bare: nn.Module, parameter: nn.Parameter) -> bool:
     return any(parameter is p for module in modules if module is not None for p in module.parameters())
 
 
-def _fits(shape: tuple[int, ...] | None, parameter: nn.Parameter) -> bool:
-    """Whether a stored tensor gave (at least the leading rows of) the parameter its value."""
-    return shape is not None and shape[1:] == tuple(parameter.shape)[1:]
-
-
 class SourceFiles:
     """Names, shapes and single tensors of a safetensors checkpoint, read without loading it."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._where: dict[str, Path] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                self._where.update(dict.fromkeys(file.keys(), path))
+        self._files: dict[Path, Any] = {}
+        self._where = {key: path for path in files for key in self._open(path).keys()}  # noqa: SIM118
 
     @classmethod
     def find(cls, source: str, revision: str | None) -> SourceFiles | None:
@@ -133,35 +168,67 @@ class SourceFiles:
             logger.info(f"L2-SP could not read the weights' header of {source!r}: {error}")
         return None
 
-    def shape(self, bare: nn.Module, name: str) -> tuple[int, ...] | None:
-        """Shape under which a parameter is stored, or None."""
-        key = self._key(bare, name)
-        if key is None:
-            return None
-        with safe_open(self._where[key], framework="pt") as file:
-            return tuple(file.get_slice(key).get_shape())
+    def gave(self, part: PreTrainedModel, name: str, parameter: nn.Parameter, enlarged: bool) -> bool:
+        """Whether a parameter got its value from here: by name and shape, and for a head by value as well.
 
-    def holds_values_of(self, bare: nn.Module, parameters: dict[str, nn.Parameter], samples: int = 3) -> bool:
-        """Whether the first few matching matrices of the model equal the stored ones, up to the model's dtype."""
+        Args:
+            part: The model.
+            name: The parameter's name.
+            parameter: The parameter.
+            enlarged: Whether another number of rows is no objection.
+        """
+        stored = self._slice(part, name)
+        if stored is None:
+            return False
+        shape = tuple(stored.get_shape())
+        if shape[1:] != tuple(parameter.shape)[1:] or (shape != tuple(parameter.shape) and not enlarged):
+            return False
+        prefix = part.base_model_prefix
+        if enlarged or not hasattr(part, prefix) or name.startswith(f"{prefix}."):
+            return True
+        return torch.equal(stored[:].to(parameter), parameter.detach())  # else the head was replaced by another one
+
+    def leading_rows(self, part: PreTrainedModel, name: str, parameter: nn.Parameter) -> int:
+        """How many leading rows of an embedding come from here; all of it where the file does not know it."""
+        stored = self._slice(part, name)
+        rows = parameter.shape[0] if stored is None else min(stored.get_shape()[0], parameter.shape[0])
+        if stored is None or rows == parameter.shape[0]:
+            return parameter.shape[0]
+        here = parameter.detach()[:rows]
+        same = (stored[:rows].to(here) == here).flatten(1).all(1) if here.dim() > 1 else stored[:rows].to(here) == here
+        # Rows that were dropped and made again between are new, too. Nothing in common: moved since it was loaded.
+        equal = int(same.long().cumprod(0).sum())
+        return equal or rows
+
+    def holds_values_of(self, part: PreTrainedModel, parameters: Mapping[str, nn.Parameter], samples: int = 3) -> bool:
+        """Whether the first few matrices of the model are the stored ones, up to the model's dtype."""
         compared = 0
         for name, parameter in parameters.items():
-            key = self._key(bare, name)
-            if key is None or parameter.dim() < 2 or compared >= samples:
+            stored = self._slice(part, name)
+            if stored is None or parameter.dim() < 2 or tuple(stored.get_shape()) != tuple(parameter.shape):
                 continue
-            with safe_open(self._where[key], framework="pt") as file:
-                stored = file.get_tensor(key)
-            if not _fits(tuple(stored.shape), parameter):
-                continue
-            rows = min(stored.shape[0], parameter.shape[0])
-            here = parameter.detach()[:rows]
-            if not torch.equal(stored[:rows].to(here), here):
-                return False
+            if torch.equal(stored[:].to(parameter), parameter.detach()):
+                return True
             compared += 1
-        return compared > 0
+            if compared == samples:
+                break
+        return False
 
-    def _key(self, bare: nn.Module, name: str) -> str | None:
-        prefix = getattr(bare, "base_model_prefix", "")
-        for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if key in self._where:
-                return key
+    def _slice(self, part: PreTrainedModel, name: str) -> Any:
+        """The stored tensor, not read yet; None if there is none."""
+        prefix = part.base_model_prefix
+        for short in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            # Names of old checkpoints, which transformers converts while loading.
+            for key in (
+                short,
+                short.replace("LayerNorm.weight", "LayerNorm.gamma"),
+                short.replace("LayerNorm.bias", "LayerNorm.beta"),
+            ):
+                if key in self._where:
+                    return self._open(self._where[key]).get_slice(key)
         return None
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]

@@ -56,8 +56,8 @@ class DriftReport:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python values, ready for JSON."""
-        return asdict(self)
+        """The report as plain Python values, ready for JSON, which knows no NaN and no infinity: None there."""
+        return _for_json(asdict(self))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as JSON; the folder is made where needed."""
@@ -75,6 +75,14 @@ class DriftReport:
         from .plots import draw_report
 
         return draw_report(self, Path(path))
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layer_of(name: str) -> str:
@@ -122,8 +130,6 @@ def drift_report(model: nn.Module, anchor: Anchor) -> DriftReport:
     names, terms = anchor.stored_terms(model)
     squared = dict(zip(names, penalty_pass(terms, 0.0, gradient=False).squared.tolist(), strict=True))
     total, layers = layer_drift(anchor, squared)
-    counts: dict[str, int] = {
-        role: sum(entry.parameter.numel() for entry in anchor.plan.having(role)) for role in ROLES
-    }
+    counts: dict[str, int] = {role: sum(entry.elements for entry in anchor.plan.having(role)) for role in ROLES}
     identity = {"source": anchor.source, "revision": anchor.revision, "fingerprint": anchor.fingerprint}
     return DriftReport(total, layers, counts, identity)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .naming import canonical_name, named_float_parameters, unwrap
@@ -106,13 +106,17 @@ def _load_pretrained(
     id_or_path: str, bare: PreTrainedModel, revision: str | None
 ) -> tuple[Mapping[str, Tensor], str | None]:
     try:
-        config = AutoConfig.from_pretrained(id_or_path, revision=revision)
+        raw, _ = PretrainedConfig.get_config_dict(id_or_path, revision=revision)
+        # The model's own class, which also takes its part out of the configuration of a larger model.
+        config_class: Any = type(bare.config)
+        config = config_class.from_pretrained(id_or_path, revision=revision)
     except Exception as error:  # OSError, ValueError, HTTP errors, broken JSON: the cause is told
         raise _unloadable(id_or_path, revision, error) from error
-    if config.model_type != bare.config.model_type:
+    kinds = [c.get("model_type") for c in (raw, *raw.values()) if isinstance(c, dict) and c.get("model_type")]
+    if kinds and bare.config.model_type not in kinds:
         raise ValueError(
-            f"l2sp_anchor={id_or_path!r} is a {config.model_type!r} model, the model to train a "
-            f"{bare.config.model_type!r}. θ0 needs the same architecture."
+            f"l2sp_anchor={id_or_path!r} is a {kinds[0]!r} model, the model to train a {bare.config.model_type!r}. θ0 "
+            "needs the same architecture."
         )
     dtypes = {p.dtype for p in bare.parameters() if p.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -57,20 +57,29 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        version = state["format_version"]
+        if state["format_version"] != FORMAT_VERSION:
+            raise _other_version(path, state)
         state["anchor"]["fingerprint"], state["anchor"]["source"], state["anchor"]["revision"]
         _recorded_sums(state)
+    except _OtherVersion:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}), so the identity of θ0 is lost. Resume from another "
             "checkpoint, or delete the file if the model handed to the trainer is the pretrained one."
         ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}; this hf_l2sp reads {FORMAT_VERSION}. Install the version that "
-            f"wrote it (hf_l2sp {state.get('hf_l2sp_version', 'unknown')})."
-        )
     return state
+
+
+class _OtherVersion(ValueError):
+    pass
+
+
+def _other_version(path: Path, state: dict[str, Any]) -> _OtherVersion:
+    return _OtherVersion(
+        f"{path} has format version {state['format_version']!r}; this hf_l2sp reads {FORMAT_VERSION}. Install the "
+        f"version that wrote it (hf_l2sp {state.get('hf_l2sp_version', 'unknown')})."
+    )
 
 
 def _recorded_sums(state: dict[str, Any]) -> dict[str, EntrySums]:
@@ -93,15 +102,14 @@ def check_fingerprint(anchor: Anchor, state: dict[str, Any], where: str | os.Pat
     """
     recorded = _recorded_sums(state)
     common = [name for name in recorded if name in anchor.sums]
-    different = [n for n in common if (recorded[n].shape, recorded[n].grid) != _identity(anchor, n)]
+    different = [n for n in common if recorded[n].identity != anchor.sums[n].identity]
     if common and not different:
         return
     if common:
         name = different[0]
         detail = (
-            f"{len(different)} of {len(common)} tensors differ, first {name}: shape {list(recorded[name].shape)} and "
-            f"sum {recorded[name].total:.9g} on record, {list(anchor.sums[name].shape)} and "
-            f"{anchor.sums[name].total:.9g} here"
+            f"{len(different)} of {len(common)} tensors differ, first {name}: {_told(recorded[name])} on record, "
+            f"{_told(anchor.sums[name])} here"
         )
     else:
         detail = f"no parameter is in common (on record: {', '.join(list(recorded)[:3])})"
@@ -114,8 +122,8 @@ def check_fingerprint(anchor: Anchor, state: dict[str, Any], where: str | os.Pat
     )
 
 
-def _identity(anchor: Anchor, name: str) -> tuple[tuple[int, ...], int]:
-    return anchor.sums[name].shape, anchor.sums[name].grid
+def _told(sums: EntrySums) -> str:
+    return f"shape {list(sums.shape)}, sum {sums.total:.9g}, sum of squares {sums.squared:.9g}"
 
 
 def recorded_anchor(model: nn.Module, **options: Any) -> Anchor | None:

@@ -16,14 +16,14 @@ def strength_at(schedule: str, base: float, step: int, total_steps: int) -> floa
     Raises:
         ValueError: The schedule is unknown.
     """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"l2sp_schedule={schedule!r} is unknown; choose 'constant', 'linear' or 'cosine'.")
     if schedule == "constant" or total_steps <= 0:
         return base
     progress = min(max(step / total_steps, 0.0), 1.0)
     if schedule == "linear":
         return base * (1.0 - progress)
-    if schedule == "cosine":
-        return base * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"l2sp_schedule={schedule!r} is unknown; choose 'constant', 'linear' or 'cosine'.")
+    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def schedule_state(schedule: str, base: float, step: int, total_steps: int) -> dict[str, Any]:

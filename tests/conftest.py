@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers is imported, which reads them once.
@@ -30,9 +31,14 @@ LABELS = 3
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_transformers() -> None:
+def _quick_and_quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # On models this small several threads cost more than they bring, by far where the cores are shared.
+    torch.set_num_threads(1)
+    # Trainer collects garbage at every start; without this it would walk through all imported modules each time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
