@@ -81,7 +81,7 @@ REFUSALS = [
     ({"l2sp_exclude": [3]}, "l2sp_exclude contains 3, which is not a string"),
     ({"l2sp_weights": {"*": 1.0}}, r"l2sp_weights contains '\*', which is not a regular expression .*backslash"),
     ({"l2sp_weights": {1: 1.0}}, "l2sp_weights contains 1, which is not a string"),
-    ({"l2sp_weights": {"a": -1}}, r"l2sp_weights\['a'\]=-1 must be a finite number >= 0"),
+    ({"l2sp_weights": {"a": -1}}, r"l2sp_weights\['a'\]=-1.0 must be a finite number >= 0"),
     ({"l2sp_weights": {"a": math.nan}}, r"l2sp_weights\['a'\]=nan must be a finite number"),
     ({"l2sp_weights": {"a": math.inf}}, r"l2sp_weights\['a'\]=inf must be a finite number"),
     ({"l2sp_weights": {"a": True}}, r"l2sp_weights\['a'\]=True is not a number"),
