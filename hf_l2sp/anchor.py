@@ -36,6 +36,14 @@ class EntrySums(NamedTuple):
         norm = math.sqrt(self.squared)
         return self.shape, _on_grid(self.total, norm, _SUM_BITS), _on_grid(self.squared, self.squared, _SQUARES_BITS)
 
+    def agrees_with(self, other: EntrySums) -> bool:
+        """Whether both are sums of one tensor; unlike on the grid, no rounding can fall between two steps."""
+        return (
+            self.shape == other.shape
+            and abs(self.total - other.total) <= math.sqrt(self.squared) * 2.0**-_SUM_BITS
+            and abs(self.squared - other.squared) <= self.squared * 2.0**-_SQUARES_BITS
+        )
+
 
 def _on_grid(value: float, size: float, bits: int) -> int:
     if size == 0.0 or not math.isfinite(size):

@@ -76,8 +76,9 @@ def add_l2sp_section(folder: str | os.PathLike[str], report: DriftReport) -> Non
     """Adds tags, base model and the L2-SP section to the card `README.md` in a folder; a second call replaces it."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
-    tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
-    card.data.tags = [*tags, *TAGS]
+    tags = card.data.tags or []
+    tags = [tags] if isinstance(tags, str) else tags
+    card.data.tags = [*(tag for tag in tags if tag not in TAGS), *TAGS]
     source = _public_source(report)
     if source and not card.data.get("base_model"):
         card.data.base_model = source

@@ -35,9 +35,8 @@ def draw_report(report: DriftReport, path: Path) -> Path:
         _draw_course(axes[1], report)
     strength = report.settings.get("lambda")
     setting = f"  ·  λ = {strength:g}, {report.settings['schedule']}" if strength is not None else ""
-    figure.suptitle(
-        f"Drift from the pretrained weights: {report.total.drift:.2%} in total{setting}", fontsize=14, weight="bold"
-    )
+    title = f"Drift from the pretrained weights: {report.total.drift:.2%} in total"
+    figure.suptitle(title + (setting if has_course else setting.replace("  ·  ", "\n")), fontsize=14, weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -13,11 +13,20 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from .naming import named_float_parameters, unwrap
 
 logger = logging.get_logger(__name__)
+
+_FORMATS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
 
 
 @dataclass
@@ -44,7 +53,7 @@ def examine(model: nn.Module) -> Provenance:
 
     `from_pretrained` marks each parameter that it loads with `_is_hf_initialized` (private to transformers; a test
     pins it). The mark does not survive `copy.deepcopy`, and transformers 4 loses it while loading; then names, shapes
-    and values in the source's safetensors decide. A model that was not loaded by `from_pretrained` has no new
+    and values in the source's files decide. A model that was not loaded by `from_pretrained` has no new
     parameters: its initial state is its anchor. Where a module of one's own contains a loaded model, what is outside
     of that is new.
     """
@@ -88,13 +97,13 @@ def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | No
         new = {n for n, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)}
         if files is not None:
             # resize_token_embeddings makes an untied output layer anew, without the mark.
-            new -= {n for n in new & vocabulary if files.gave(part, n, parameters[n], enlarged=True)}
+            new -= {n for n in new & vocabulary if files.begins(part, n, parameters[n])}
     elif files is not None and files.holds_values_of(part, parameters):
         new = {n for n, p in parameters.items() if not files.gave(part, n, p, enlarged=n in vocabulary)}
     else:
         if source and files is None:
             logger.warning(
-                f"L2-SP cannot read safetensors of {source!r}, so it cannot tell whether {type(part).__name__} has "
+                f"L2-SP cannot read the weights of {source!r}, so it cannot tell whether {type(part).__name__} has "
                 "new parameters: all of it is anchored where it is. Take a new head out with l2sp_exclude."
             )
         return None
@@ -131,8 +140,32 @@ def is_vocabulary(bare: nn.Module, parameter: nn.Parameter) -> bool:
     return any(parameter is p for module in modules if module is not None for p in module.parameters())
 
 
+class _Binary:
+    """A checkpoint in PyTorch's old format, mapped and without running code from it, as if it were safetensors."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, key: str) -> _BinarySlice:
+        return _BinarySlice(self._tensors[key])
+
+
+class _BinarySlice:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index]
+
+
 class SourceFiles:
-    """Names, shapes and single tensors of a safetensors checkpoint, read without loading it."""
+    """Names, shapes and single tensors of a checkpoint, read without loading all of it."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files: dict[Path, Any] = {}
@@ -140,33 +173,35 @@ class SourceFiles:
 
     @classmethod
     def find(cls, source: str, revision: str | None) -> SourceFiles | None:
-        """The safetensors files of a local folder or of a Hub model that is in the cache; None without them."""
+        """The weights' files of a local folder or of a Hub model that is in the cache; None without them."""
         try:
-            folder = Path(source)
-            if folder.is_dir():
-                single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-            else:
-                found = [
-                    cached_file(
-                        source,
-                        name,
-                        revision=revision,
-                        local_files_only=True,
-                        _raise_exceptions_for_gated_repo=False,
-                        _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False,
-                    )
-                    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-                ]
-                single, index = (Path(name) if name else Path() for name in found)
-            if single.is_file():
-                return cls([single])
-            if index.is_file():
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return cls([index.parent / name for name in sorted(set(shards))])
+            for single_name, index_name in _FORMATS:
+                single = cls._file(source, single_name, revision)
+                if single is not None:
+                    return cls([single])
+                index = cls._file(source, index_name, revision)
+                if index is not None:
+                    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                    return cls([index.parent / name for name in sorted(set(shards))])
         except Exception as error:  # a source that cannot be read is no source; the caller has its fallback
             logger.info(f"L2-SP could not read the weights' header of {source!r}: {error}")
         return None
+
+    @staticmethod
+    def _file(source: str, name: str, revision: str | None) -> Path | None:
+        if os.path.isdir(source):
+            path = Path(source) / name
+            return path if path.is_file() else None
+        found = cached_file(
+            source,
+            name,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(found) if found else None
 
     def gave(self, part: PreTrainedModel, name: str, parameter: nn.Parameter, enlarged: bool) -> bool:
         """Whether a parameter got its value from here: by name and shape, and for a head by value as well.
@@ -184,9 +219,18 @@ class SourceFiles:
         if shape[1:] != tuple(parameter.shape)[1:] or (shape != tuple(parameter.shape) and not enlarged):
             return False
         prefix = part.base_model_prefix
-        if enlarged or not hasattr(part, prefix) or name.startswith(f"{prefix}."):
+        if not hasattr(part, prefix) or name.startswith(f"{prefix}."):
             return True
-        return torch.equal(stored[:].to(parameter), parameter.detach())  # else the head was replaced by another one
+        # Else the head was replaced by another one. Of an output layer with other rows the first one tells.
+        rows = 1 if enlarged else shape[0]
+        return torch.equal(stored[:rows].to(parameter), parameter.detach()[:rows])
+
+    def begins(self, part: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is, up to its number of rows, the one from here: its first row is the same."""
+        if not self.gave(part, name, parameter, enlarged=True):
+            return False
+        stored = self._slice(part, name)
+        return torch.equal(stored[:1].to(parameter), parameter.detach()[:1])
 
     def leading_rows(self, part: PreTrainedModel, name: str, parameter: nn.Parameter) -> int:
         """How many leading rows of an embedding come from here; all of it where the file does not know it."""
@@ -196,9 +240,10 @@ class SourceFiles:
             return parameter.shape[0]
         here = parameter.detach()[:rows]
         same = (stored[:rows].to(here) == here).flatten(1).all(1) if here.dim() > 1 else stored[:rows].to(here) == here
-        # Rows that were dropped and made again between are new, too. Nothing in common: moved since it was loaded.
-        equal = int(same.long().cumprod(0).sum())
-        return equal or rows
+        # Up to the last row that is still the same: those after it were dropped and made again between. Nothing in
+        # common: all of it has moved since it was loaded.
+        equal = same.nonzero()
+        return int(equal[-1]) + 1 if len(equal) else rows
 
     def holds_values_of(self, part: PreTrainedModel, parameters: Mapping[str, nn.Parameter], samples: int = 3) -> bool:
         """Whether the first few matrices of the model are the stored ones, up to the model's dtype."""
@@ -230,5 +275,6 @@ class SourceFiles:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
+            binary = path.suffix == ".bin"
+            self._files[path] = _Binary(path) if binary else safe_open(path, framework="pt")
         return self._files[path]

@@ -102,7 +102,7 @@ def check_fingerprint(anchor: Anchor, state: dict[str, Any], where: str | os.Pat
     """
     recorded = _recorded_sums(state)
     common = [name for name in recorded if name in anchor.sums]
-    different = [n for n in common if recorded[n].identity != anchor.sums[n].identity]
+    different = [n for n in common if not recorded[n].agrees_with(anchor.sums[n])]
     if common and not different:
         return
     if common:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import huggingface_hub
 import pytest
 import yaml
 
@@ -66,6 +67,7 @@ def test_card_without_tags(tmp_path, text):
     assert card.count("## How it was fine-tuned: L2-SP") == 1
 
 
+@pytest.mark.skipif(huggingface_hub.__version__.startswith("0."), reason="takes a string apart when it loads it")
 def test_card_with_one_tag_as_a_string(tmp_path):
     card = card_with(
         tmp_path, report_of(), CARD.replace("tags:\n- generated_from_trainer\n- hf-l2sp", "tags: medical")

@@ -176,7 +176,7 @@ def test_trajectory_equals_a_naive_loop(bert, classification_data, tmp_path):
     trainer.train()
     assert relative_error(snapshot(trainer.model), snapshot(reference)) < 1e-8
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-6)
+    assert logged == pytest.approx(losses, abs=6e-5)  # transformers 4 logs four digits
 
 
 @pytest.mark.parametrize("scaled", [False, True])
