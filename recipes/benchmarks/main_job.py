@@ -1,8 +1,8 @@
 """The main job over seeds: plain fine-tuning against L2-SP, and the course of the scores over λ.
 
-    python recipes/benchmarks/main_job.py [--seeds 5] [--lambdas 0.01 0.1 1]
+    python recipes/benchmarks/main_job.py [--seeds 5] [--lambdas 0.01 0.1 1] [--shots all 8]
 
-Runs recipes/medical_textcls.py with its defaults on the embedded notes, all rows and 8 per class. A run that is in the
+Runs recipes/medical_textcls.py with its defaults on the embedded notes. A run that is in the
 results already is not repeated, so a study that was cut off goes on. Writes results/main_job.json and .png.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 
 from _bench import RECIPES, RESULTS, environment, read_results, write_results
 
-SHOTS: tuple[int | None, ...] = (None, 8)
 SCORES = ("test_f1_macro", "test_loss", "test_ece", "test_accuracy", "test_mcc")
 NAME = "main_job.json"
+COLORS = ("#2f6db3", "#d9722e", "#3a8f5d")
 
 
 def run(shots: int | None, strength: float, seed: int) -> dict[str, float]:
@@ -58,7 +58,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, 3)
     titles = ("macro-F1 (higher is better)", "NLL (lower is better)", "ECE (lower is better)")
     for axis, score, title in zip(axes, SCORES[:3], titles, strict=True):
-        for shots, color in zip(SHOTS, ("#2f6db3", "#d9722e"), strict=True):
+        for shots, color in zip(sorted({r["shots"] or 10**9 for r in rows}, reverse=True), COLORS, strict=False):
+            shots = None if shots == 10**9 else shots
             part = [row for row in rows if row["shots"] == shots]
             means, stds = ([row[score][k] for row in part] for k in ("mean", "std"))
             label = "all (20 per class)" if shots is None else f"{shots} per class"
@@ -76,11 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0.01, 0.1, 1.0])
+    parser.add_argument("--shots", nargs="+", default=["all"], help="training notes per class: numbers, or all")
     options = parser.parse_args()
     result = read_results(NAME) if (RESULTS / NAME).exists() else {"runs": []}
     done = {(r["shots"], r["lambda"], r["seed"]) for r in result["runs"]}
     for seed in range(1, options.seeds + 1):
-        for shots in SHOTS:
+        for shots in (None if given == "all" else int(given) for given in options.shots):
             for strength in (0.0, *options.lambdas):
                 if (shots, strength, seed) in done:
                     continue

@@ -1,0 +1,269 @@
+"""What the recipes share: the way from arguments to a trained, evaluated and saved model."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _recipe_args import RecipeError, Settings
+from _recipe_model import ModelSource, find_model, quiet_loading
+from _recipe_output import (
+    check_output_dir,
+    clear_output_dir,
+    comparison,
+    drop_checkpoints,
+    find_checkpoint,
+    result_table,
+    write_json,
+)
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.utils import logging
+
+import hf_l2sp
+from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str = "") -> None:
+    """Prints, in the main process alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
+    """Turns a `RecipeError` into its message and exit code 1; any other exception is a bug and keeps its traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # those of loading and saving; that of training is another one
+        try:
+            main(argv)
+        except RecipeError as error:
+            if is_main_process():
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+
+    return wrapped
+
+
+def use_all_cores(device: torch.device) -> None:
+    """Takes back the single thread that `accelerate launch` allows a run on the CPU when nothing is configured.
+
+    It sets OMP_NUM_THREADS to 1 unless that is set already (accelerate 1.x), which doubles the time on two cores.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if device.type == "cpu" and by_accelerate and os.environ.get("WORLD_SIZE", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores or 1)
+
+
+Build = Callable[[type[Trainer], TrainingArguments, dict[str, Any]], Trainer]
+
+
+@dataclass
+class Run:
+    """Trains, evaluates and saves; made before anything is loaded, so that the output folder is checked first.
+
+    Attributes:
+        settings: Values of the training arguments.
+        source: Where the model comes from.
+        task: Name of the task's pipeline.
+        data: The data as the model card names them, without paths.
+        about: What `comparison.json` records beside the training arguments.
+
+    Raises:
+        RecipeError: a training argument is wrong or the output folder is in use.
+    """
+
+    settings: Settings
+    source: ModelSource
+    task: str
+    data: str
+    about: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # Pushed once, when all files are written: Trainer would push from within save_model, before the report.
+        self.push = self.settings["push_to_hub"]
+        self.settings["push_to_hub"] = False
+        if self.push and not self.settings["hub_model_id"]:
+            self.settings["hub_model_id"] = Path(self.settings["output_dir"]).absolute().name
+        self.args = self.settings.build(L2SPTrainingArguments)
+        use_all_cores(self.args.device)
+        self.output_dir = Path(self.args.output_dir)
+        self.checkpoint = find_checkpoint(self.settings["resume_from_checkpoint"], self.args.output_dir)
+        if is_main_process():
+            overwrite, read = self.settings["overwrite_output_dir"], (self.source.path, self.args.l2sp_anchor)
+            check_output_dir(self.args.output_dir, overwrite, self.checkpoint, read)
+        if self.l2sp_on and importlib.util.find_spec("matplotlib") is None:
+            raise RecipeError("the report is drawn with matplotlib: pip install 'hf-l2sp[recipes]'.")
+
+    @property
+    def l2sp_on(self) -> bool:
+        return self.args.l2sp_lambda > 0
+
+    def rehearse(self, build: Build) -> int:
+        """Refuses now what the trainers would refuse later, after minutes of plain training; counts the parameters.
+
+        Args:
+            build: `(trainer class, arguments, datasets) -> trainer`, of a freshly loaded, equally initialised model.
+
+        Raises:
+            RecipeError: the model, L2-SP or the Hub refuse.
+        """
+        if self.args.l2sp_anchor is not None:
+            find_model(self.args.l2sp_anchor, "--l2sp_anchor")
+        with tempfile.TemporaryDirectory() as folder:
+            args = self.settings.build(L2SPTrainingArguments, output_dir=folder, report_to="none")
+            try:
+                trainer = build(L2SPTrainer, args, {"train": [], "validation": []})
+                if self.l2sp_on:
+                    with quiet_loading():
+                        trainer.create_optimizer()
+            except (OSError, ValueError) as error:
+                raise RecipeError(str(error)) from error
+            if self.push:
+                try:
+                    trainer.init_hf_repo()
+                except Exception as error:  # network, login and permission errors have no common class
+                    raise RecipeError(
+                        f"--push_to_hub: the repository {args.hub_model_id!r} cannot be created: {error}. Log in with "
+                        "'hf auth login', or leave the flag out."
+                    ) from error
+        return sum(parameter.numel() for parameter in trainer.model.parameters())
+
+    def __call__(self, build: Build, datasets: dict[str, Any]) -> None:
+        """Trains on `train`, evaluates on `validation` and `test`, writes the output folder, prints the table."""
+        gc.collect()  # the model of the rehearsal
+        if self.settings["overwrite_output_dir"] and is_main_process():
+            clear_output_dir(self.args.output_dir)
+        results = {}
+        if self.settings["compare"]:
+            say("\n1 of 2: plain Trainer")
+            results["plain"] = self._plain(build, datasets)
+            say("\n2 of 2: L2-SP")
+        trainer = build(L2SPTrainer, self.args, datasets)
+        name = "L2-SP" if self.l2sp_on else "lambda 0"
+        results[name] = _train_and_score(trainer, datasets, self.checkpoint)
+        card = self._save(trainer, results)
+        say(f"\n{self._headline()}\n\n{result_table(results)}\n(lower is better for loss and ece)")
+        say(f"\nWritten to {self.output_dir}: the model, README.md (model card), all_results.json")
+        if self.l2sp_on:
+            say("and l2sp_report.png, which shows how far each layer moved from the pretrained weights.")
+        say(f'Use it: transformers.pipeline("{self.task}", model="{self.output_dir}")')
+        if self.push:
+            self._push(trainer, card)
+
+    def _plain(self, build: Build, datasets: dict[str, Any]) -> dict[str, Any]:
+        """Scores of `Trainer` with the same arguments; its checkpoints do not outlive it."""
+        folder = self.output_dir / "plain"
+        changes = {} if self.args.load_best_model_at_end else {"save_strategy": "no"}
+        args = self.settings.build(TrainingArguments, output_dir=str(folder), **changes)
+        metrics = _train_and_score(build(Trainer, args, datasets), datasets, None)
+        if is_main_process():
+            drop_checkpoints(folder, remove_empty=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return metrics
+
+    def _save(self, trainer: Trainer, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        trainer.save_model()
+        trainer.save_state()
+        card = {"finetuned_from": self.source.base_model, "license": self.source.licence}
+        card |= {"tasks": self.task, "dataset": self.data}
+        trainer.create_model_card(**card)
+        if not is_main_process():
+            return card
+        (*_, metrics) = results.values()
+        write_json(self.output_dir / "all_results.json", metrics)
+        if "plain" in results:
+            model = self.source.base_model or Path(self.source.path).name
+            about = {"model": model, "data": self.data, "seed": self.args.seed, **self.about, "config": self._config()}
+            write_json(self.output_dir / "comparison.json", comparison(results["plain"], metrics, **about))
+        if self.l2sp_on:
+            report = trainer.l2sp_drift_report()
+            report.save(self.output_dir / "l2sp_report.json")
+            report.plot(self.output_dir / "l2sp_report.png")
+        else:
+            say("l2sp_lambda is 0: nothing is anchored, so there is no l2sp_report and no l2sp_state.json.")
+        return card
+
+    def _config(self) -> dict[str, Any]:
+        """The training arguments that decide the result."""
+        names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
+        names += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "max_grad_norm")
+        values = self.args.to_dict()
+        chosen = {name: values[name] for name in (*names, *(n for n in values if n.startswith("l2sp_")))}
+        versions = {module.__name__: module.__version__ for module in (hf_l2sp, transformers, torch)}
+        return {**chosen, "world_size": self.args.world_size, "versions": versions}
+
+    def _headline(self) -> str:
+        args = self.args
+        strength = f"lambda {args.l2sp_lambda:g} ({args.l2sp_schedule})" if self.l2sp_on else "lambda 0"
+        shots = "all rows" if self.about["shots"] is None else f"{self.about['shots']} shots"
+        return f"{self.source.shown}, {shots}, seed {args.seed}, {strength}"
+
+    def _push(self, trainer: Trainer, card: dict[str, Any]) -> None:
+        try:
+            trainer.push_to_hub(**card)
+        except Exception as error:  # network, login and permission errors have no common class
+            raise RecipeError(
+                f"--push_to_hub failed: {error}. The trained model is complete in {str(self.output_dir)!r}; push it "
+                f"with 'hf upload {self.args.hub_model_id} {self.output_dir}'."
+            ) from error
+        say(f"Pushed to the Hub as {trainer.hub_model_id}.")
+
+
+class _Bar(ProgressCallback):
+    """The progress bar, with loss and drift beside it instead of a line of numbers for every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            numbers = {"loss": f"{logs.get('task_loss', logs['loss']):.3f}"}
+            if "l2sp_drift" in logs:
+                numbers["drift"] = f"{logs['l2sp_drift']:.2%}"
+            self.training_bar.set_postfix(numbers)
+
+
+def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = {**trainer.evaluate(metric_key_prefix="eval"), **metrics}
+    if "test" in datasets:
+        metrics.update(trainer.predict(datasets["test"], metric_key_prefix="test").metrics)
+    for prefix, split in (("train", "train"), ("eval", "validation"), ("test", "test")):
+        if split in datasets:
+            metrics[f"{prefix}_samples"] = len(datasets[split])
+    return metrics
+
+
+def header(title: str, source: ModelSource, parameters: int, rows: dict[str, int], labels: list[str]) -> str:
+    """The few lines that a run begins with."""
+    return "\n".join(
+        [
+            title,
+            f"  model   {source.shown}, {parameters / 1e6:.1f}M parameters",
+            f"  data    {', '.join(f'{count} {split}' for split, count in rows.items())}",
+            f"  labels  {len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}",
+        ]
+    )

@@ -1,0 +1,196 @@
+"""Reading the data of the recipes: csv, json, jsonl and parquet files, and datasets on the Hub."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+from _recipe_args import RecipeError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+# All column names, and the values of the wanted columns that exist.
+Table = tuple[list[str], dict[str, list[Any]]]
+
+# What Hub datasets call the three splits.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+def shown(value: Any) -> str:
+    """`value` for an error message: quoted and short."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(items: Iterable[Any], limit: int = 8) -> str:
+    """`items` for an error message: the first `limit`, and how many more there are."""
+    items = [shown(item) for item in items]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def read_file(path: str | Path, wanted: Sequence[str], flag: str = "") -> Table:
+    """Reads the columns `wanted` of a csv, json, jsonl or parquet file, which the argument `flag` names.
+
+    Raises:
+        RecipeError: no such file, an unknown extension, or a content that cannot be read (with the line if known).
+    """
+    path = Path(path)
+    name = f"{flag} {str(path)!r}".lstrip()
+    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
+    if not path.is_file():
+        raise RecipeError(f"{name} {missing_path(path)}")
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise RecipeError(f"{name} has the extension {path.suffix!r}; give one of {', '.join(readers)}.")
+    try:
+        return reader(path, name, wanted)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(f"{name} cannot be read: {error}.") from error
+
+
+def missing_path(path: Path) -> str:
+    """Why `path` is no file, with what its folder holds that was probably meant."""
+    if path.is_dir():
+        return "is a folder; give a file."
+    if not path.parent.is_dir():
+        return f"does not exist, nor does its folder; relative paths start at {str(Path.cwd())!r}."
+    present = sorted(entry.name for entry in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5) or present
+    return f"does not exist; {f'its folder has {listed(near)}' if near else 'its folder is empty'}."
+
+
+def _read_csv(path: Path, name: str, wanted: Sequence[str]) -> Table:
+    # Not pandas: it turns the texts NA, None and null into missing values, and the label 01 into 1.
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            columns = next(reader, [])
+            if len(set(columns)) < len(columns):
+                raise RecipeError(f"{name}: the header names a column twice ({listed(columns)}).")
+            found = {column: columns.index(column) for column in wanted if column in columns}
+            values: dict[str, list[Any]] = {column: [] for column in found}
+            for cells in reader:
+                if not cells:
+                    continue  # a blank line
+                if len(cells) != len(columns):
+                    raise RecipeError(
+                        f"{name}, line {reader.line_num}: {len(cells)} cells, but the header has "
+                        f"{len(columns)}; put a text that contains commas or line breaks in double quotes."
+                    )
+                for column, index in found.items():
+                    values[column].append(cells[index])
+        except csv.Error as error:
+            raise RecipeError(f"{name}, line {reader.line_num}: not valid CSV ({error}).") from error
+    return columns, values
+
+
+def _read_json(path: Path, name: str, wanted: Sequence[str]) -> Table:
+    """A list of objects, or one object per line: both are found under both extensions."""
+    text = path.read_text(encoding="utf-8-sig")
+    whole = text.lstrip().startswith("[")
+    rows: list[Any] = []
+    # Not str.splitlines, which also cuts at separators that a JSON string may hold as they are.
+    for number, line in enumerate([text] if whole else text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            at = error.lineno if whole else number
+            raise RecipeError(f"{name}, line {at}: not valid JSON ({error.msg}).") from error
+        rows.extend(row if whole else [row])
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise RecipeError(
+                f"{name}, row {number} is {shown(row)}, not an object; write rows of the form "
+                '{"text": ..., "label": ...}, one per line or in a list.'
+            )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return columns, {column: [row.get(column) for row in rows] for column in wanted if column in columns}
+
+
+def _read_parquet(path: Path, name: str, wanted: Sequence[str]) -> Table:
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        found = [column for column in wanted if column in schema.names]
+        table = pyarrow.parquet.read_table(path, columns=found)
+    except pyarrow.ArrowInvalid as error:
+        raise RecipeError(f"{name} is not a parquet file ({error}).") from error
+    # Files that `datasets` wrote carry the names of class labels in their schema.
+    by_datasets = b"huggingface" in (schema.metadata or {})
+    features = datasets.Features.from_arrow_schema(schema) if by_datasets else {}
+    return schema.names, {c: _named(features.get(c), table.column(c).to_pylist()) for c in found}
+
+
+def _named(feature: Any, values: list[Any]) -> list[Any]:
+    """Class ids as class names; -1 is what benchmarks write where the label is not published."""
+    if not isinstance(feature, datasets.ClassLabel):
+        return values
+    return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+
+
+# --------------------------------------------------------------------------- Hub
+
+
+def reach_hub(repo_id: str, repo_type: str) -> str:
+    """`found`, `absent` or `unreachable`, asked once: the loaders themselves retry for half a minute.
+
+    After `unreachable` the process is in offline mode.
+    """
+    try:
+        huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=10)
+    except RepositoryNotFoundError:
+        return "absent"
+    except HFValidationError as error:
+        raise RecipeError(f"{repo_id!r} is neither a local path nor a valid Hub id ({error}).") from error
+    except Exception:  # the network errors of huggingface_hub have no common class over its versions
+        # As HF_HUB_OFFLINE=1 does, which is read at import: from here on the local cache answers, at once.
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return "unreachable"
+    return "found"
+
+
+def read_hub_dataset(name: str, config: str | None, wanted: Sequence[str]) -> dict[str, Table]:
+    """Reads the columns `wanted` of the training, validation and test split of a dataset on the Hub.
+
+    Raises:
+        RecipeError: the dataset does not exist, cannot be reached or has no training split.
+    """
+    state = reach_hub(name, "dataset")
+    if state == "absent":
+        raise RecipeError(
+            f"--dataset_name {name!r}: no such dataset on the Hub, or it is private (then log in with "
+            "'hf auth login'). Local files go to --train_file."
+        )
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if state == "unreachable":
+            raise RecipeError(
+                f"--dataset_name {name!r}: the Hub cannot be reached and the dataset is not in the local cache. "
+                "Without network, give local files with --train_file, or neither for the embedded data."
+            ) from error
+        raise RecipeError(f"--dataset_name {name!r} cannot be loaded: {error}") from error
+    tables: dict[str, Table] = {}
+    for split, names in SPLIT_NAMES.items():
+        for part in [loaded[n] for n in names if n in loaded][:1]:
+            found = [column for column in wanted if column in part.column_names]
+            tables[split] = part.column_names, {c: _named(part.features[c], list(part[c])) for c in found}
+    if "train" not in tables:
+        raise RecipeError(f"--dataset_name {name!r} has no training split; it has {listed(loaded)}.")
+    return tables
