@@ -190,6 +190,11 @@ class L2SPMixin:
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if not self._l2sp_on:
             return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        if self.l2sp_anchor is None and self.state.global_step > 0:
+            raise ValueError(
+                f"l2sp_lambda was raised from 0 to {self._l2sp_arg('l2sp_lambda')} at step {self.state.global_step}, "
+                "when the pretrained weights were gone already. Begin with l2sp_lambda > 0, however small."
+            )
         self._l2sp_prepare_anchor()
         assert self.l2sp_anchor is not None
         # What was unfrozen since the last step still has its pretrained value.
@@ -204,8 +209,9 @@ class L2SPMixin:
             return loss
         penalty = self._l2sp_add_penalty()
         _trained_models.add(unwrap(self.model))
-        # The logged loss is a sum of micro-batch values in float32; the penalty is counted once in it.
-        return loss.float() + penalty.to(device=loss.device, dtype=torch.float32)
+        # At least float32: a bfloat16 loss would swallow the penalty, which is counted once in the logged sum.
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        return loss.to(dtype) + penalty.to(device=loss.device, dtype=dtype)
 
     def _l2sp_add_penalty(self) -> Tensor:
         """Adds the gradient of λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the gradients; returns the value."""
@@ -230,7 +236,7 @@ class L2SPMixin:
     # --- logs, state file, report, card -----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._l2sp_on and "loss" in logs and self._l2sp_window:
+        if "loss" in logs and self._l2sp_window:
             logs.update(self._l2sp_logs(float(logs["loss"])))
             self._l2sp_window = []
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_l2sp import L2SPTrainingArguments
 
@@ -18,7 +20,7 @@ if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
 import medical_textcls  # noqa: E402
-from _recipe import one_line_errors  # noqa: E402
+from _recipe import one_line_errors, use_all_cores  # noqa: E402
 from _recipe_args import DataArguments, RecipeError, RecipeTrainingArguments, Settings  # noqa: E402
 from _recipe_output import (  # noqa: E402
     check_output_dir,
@@ -150,6 +152,30 @@ def test_only_a_recipe_error_loses_its_traceback(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "error: too short\n"
     with pytest.raises(ValueError, match="a bug"):
         one_line_errors(break_down)([])
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "expected"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, "cpu", [3]),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "2"}, "cpu", []),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}, "cpu", []),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, "cuda", []),
+        ({"OMP_NUM_THREADS": "1"}, "cpu", []),
+    ],
+)
+def test_the_single_thread_of_accelerate_launch_is_taken_back(
+    environment: dict[str, str], device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5}, raising=False)
+    use_all_cores(torch.device(device))
+    assert threads == expected
 
 
 # --------------------------------------------------------------------------- output folder and results

@@ -402,6 +402,38 @@ def test_weight_decay_acts_only_where_nothing_is_anchored(bert, classification_d
     assert everything == set(named.values())
 
 
+def test_lambda_raised_from_zero_during_training_is_refused(bert, classification_data, tmp_path):
+    class Raise(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.l2sp_lambda = 0.1
+
+    trainer = L2SPTrainer(
+        model=bert(),
+        args=L2SPTrainingArguments(**arguments(tmp_path, max_steps=3), l2sp_lambda=0.0),
+        train_dataset=classification_data,
+        callbacks=[Raise()],
+    )
+    with pytest.raises(ValueError, match="raised from 0 to 0.1 at step 1, when the pretrained weights were gone"):
+        trainer.train()
+
+
+def test_lambda_changed_during_training_takes_effect(bert, classification_data, tmp_path):
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.l2sp_lambda = {1: 0.2, 2: 0.0}[state.global_step] if state.global_step < 3 else 0.4
+
+    trainer = L2SPTrainer(
+        model=bert(),
+        args=L2SPTrainingArguments(**arguments(tmp_path, max_steps=4), l2sp_lambda=0.1),
+        train_dataset=classification_data,
+        callbacks=[Change()],
+    )
+    trainer.train()
+    logs = trainer.state.log_history[:4]
+    assert [log.get("l2sp_lambda") for log in logs] == [0.1, 0.2, None, 0.4]
+    assert logs[1]["l2sp_penalty"] == pytest.approx(0.2 * logs[1]["l2sp_distance"] ** 2, rel=1e-6)
+
+
 def test_aliased_anchor_is_caught(bert, classification_data, tmp_path, monkeypatch):
     def alias(self: Anchor, entry: PlanEntry, value: torch.Tensor) -> None:
         self._values[entry.name] = entry.parameter.detach()
