@@ -85,6 +85,8 @@ def add_l2sp_section(folder: str | os.PathLike[str], report: DriftReport) -> Non
     text = card.text
     if _START in text and _END in text:
         text = text[: text.index(_START)] + text[text.index(_END) + len(_END) :]
+    # transformers' wording where the base model is a folder; nothing here is trained from scratch.
+    text = text.replace("This model was trained from scratch on", "This model was fine-tuned on")
     card.text = text.rstrip() + "\n\n" + l2sp_section(report)
     card.save(path)
 

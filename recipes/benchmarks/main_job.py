@@ -1,6 +1,6 @@
 """The main job over seeds: plain fine-tuning against L2-SP, and the course of the scores over λ.
 
-    python recipes/benchmarks/main_job.py [--seeds 5] [--lambdas 0.01 0.1 1] [--shots all 8]
+    python recipes/benchmarks/main_job.py [--seeds 5] [--lambdas 0.01 0.1 1] [--shots all 8] [--jobs 1]
 
 Runs recipes/medical_textcls.py with its defaults on the embedded notes. A run that is in the
 results already is not repeated, so a study that was cut off goes on. Writes results/main_job.json and .png.
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +79,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     parser.add_argument("--shots", nargs="+", default=["all"], help="training notes per class: numbers, or all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     result = read_results(NAME) if (RESULTS / NAME).exists() else {"runs": []}
     done = {(r["shots"], r["lambda"], r["seed"]) for r in result["runs"]}
-    for seed in range(1, options.seeds + 1):
-        for shots in (None if given == "all" else int(given) for given in options.shots):
-            for strength in (0.0, *options.lambdas):
-                if (shots, strength, seed) in done:
-                    continue
-                scores = run(shots, strength, seed)
-                entry = {"shots": shots, "lambda": strength, "seed": seed, "scores": scores}
-                result["runs"].append(entry)
-                result["summary"] = summary(result["runs"])
-                result["environment"] = environment()
-                write_results(NAME, result)
-                shown = "  ".join(f"{name} {scores[name]:.3f}" for name in SCORES[:3])
-                print(f"shots {shots or 'all':>4}  lambda {strength:<5g} seed {seed}  {shown}", flush=True)
+    shots = [None if given == "all" else int(given) for given in options.shots]
+    jobs = [(k, s, seed) for seed in range(1, options.seeds + 1) for k in shots for s in (0.0, *options.lambdas)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        running = {pool.submit(run, *job): job for job in jobs if job not in done}
+        for future in as_completed(running):
+            (k, strength, seed), scores = running[future], future.result()
+            result["runs"].append({"shots": k, "lambda": strength, "seed": seed, "scores": scores})
+            result["summary"] = summary(result["runs"])
+            result["environment"] = environment()
+            write_results(NAME, result)
+            shown = "  ".join(f"{name} {scores[name]:.3f}" for name in SCORES[:3])
+            print(f"shots {k or 'all':>4}  lambda {strength:<5g} seed {seed}  {shown}", flush=True)
     draw(result["summary"], RESULTS / "main_job.png")
 
 
