@@ -66,7 +66,6 @@ def _draw_course(axis: Any, report: DriftReport) -> None:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss")
     axis.set_ylim(bottom=0)
-    axis.set_title("course of training", fontsize=11)
     right = axis.twinx()
     right.plot(
         steps,
@@ -81,7 +80,9 @@ def _draw_course(axis: Any, report: DriftReport) -> None:
     right.tick_params(axis="y", colors=_GREEN)
     right.spines[["top", "left"]].set_visible(False)
     lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
+    # Above the panel, where no curve runs through it.
+    names = [line.get_label() for line in lines]
+    axis.legend(lines, names, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, fontsize=10)
     _plain(axis)
 
 
