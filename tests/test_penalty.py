@@ -67,7 +67,6 @@ def check(terms, coefficient=0.7, scale=None):
 def chunks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(penalty_module, "CHUNK", request.param)
-        monkeypatch.setattr(penalty_module, "_DOT", 24)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
