@@ -257,8 +257,6 @@ class Anchor(Mapping[str, Tensor]):
             new = frozenset(n for n, e in plan.entries.items() if not e.pretrained)
             rows = {n: e.rows for n, e in plan.entries.items() if e.rows is not None}
             plan = build_plan(model, Provenance(True, new, rows), weights=weights)
-            for name, entry in self.plan.entries.items():
-                plan.entries[name].excluded |= entry.excluded
         terms = [
             term._replace(weight=plan.entries[name].weight)
             for name, term in zip(names, stored, strict=True)

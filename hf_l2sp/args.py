@@ -11,7 +11,7 @@ from .selection import checked_number, checked_patterns
 
 # Optimizers that update weights inside backward: there is no moment between "all gradients are there" and "the
 # step is taken" at which the gradient of the penalty could be added once.
-_BACKWARD_OPTIMIZERS = ("lomo", "layerwise")
+BACKWARD_OPTIMIZERS = ("lomo", "layerwise")
 
 
 def _not_yet(name: str, value: Any, instead: str) -> ValueError:
@@ -156,7 +156,7 @@ class L2SPArguments:
         # `optim` is an enum only after the inherited checks.
         optimizer = getattr(self, "optim", "")
         optimizer = getattr(optimizer, "value", optimizer)
-        if self.l2sp_lambda > 0 and any(word in str(optimizer) for word in _BACKWARD_OPTIMIZERS):
+        if self.l2sp_lambda > 0 and any(word in str(optimizer) for word in BACKWARD_OPTIMIZERS):
             raise ValueError(
                 f"optim={optimizer!r} updates the weights inside the backward pass, before the gradient of the L2-SP "
                 "penalty can be added. Use another optimizer (adamw_torch, say) or l2sp_lambda=0."

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch import nn
 
+from .args import BACKWARD_OPTIMIZERS
 from .naming import unwrap
 
 _SINGLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -39,7 +40,7 @@ def check_launch(trainer: Any) -> None:
     name = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for value in (name.lower(), optimizer):
-        if "lomo" in value or "layerwise" in value:
+        if any(word in value for word in BACKWARD_OPTIMIZERS):
             raise _refusal(f"the optimizer {name or optimizer}, which updates inside backward", "Use adamw_torch")
 
 

@@ -190,3 +190,9 @@ def rng() -> numpy.random.Generator:
 @pytest.fixture
 def output_dir(tmp_path: Path) -> str:
     return str(tmp_path / "output")
+
+
+@pytest.fixture
+def net() -> torch.nn.Module:
+    """Two linear layers that transformers has never seen."""
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
 )
 
@@ -19,20 +18,6 @@ from hf_l2sp import anchor as anchor_module
 from hf_l2sp.anchor import EntrySums
 
 WORDS = "bert.embeddings.word_embeddings.weight"
-
-
-@pytest.fixture
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-def saved(folder, model):
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def changed(config, **values):
-    return BertConfig(**{**config.to_diff_dict(), **values})
 
 
 # --- what is stored -------------------------------------------------------------------------------------------------

@@ -11,11 +11,6 @@ from torch import nn
 from hf_l2sp import Anchor, interpolate
 
 
-@pytest.fixture
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
 def values(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -18,11 +18,6 @@ STORED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torc
 DTYPES = list(VALUE)
 
 
-@pytest.fixture
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
 def total(anchor, model, weight=lambda name: 1.0):
     """Σ w‖θ − θ0‖² in float64, with a weight per name."""
     values = []

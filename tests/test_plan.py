@@ -15,12 +15,6 @@ from hf_l2sp.provenance import Provenance, examine
 HEAD = ["classifier.weight", "classifier.bias"]
 
 
-@pytest.fixture
-def net():
-    """Two linear layers that nobody knows the origin of."""
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
 def plan_of(model, exclude=None, weights=None):
     return build_plan(model, examine(model), exclude, weights)
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
@@ -26,21 +25,9 @@ from transformers.utils import logging
 
 from hf_l2sp import Anchor
 
+from .helpers import changed, saved
+
 WORDS = "bert.embeddings.word_embeddings.weight"
-
-
-@pytest.fixture
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-def saved(folder, model):
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def changed(config, **values):
-    return BertConfig(**{**config.to_diff_dict(), **values})
 
 
 def test_from_a_folder_other_than_the_models(classifier, bert_config, tmp_path):

@@ -28,11 +28,6 @@ from hf_l2sp.state import (
 
 
 @pytest.fixture
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-@pytest.fixture
 def anchor(net):
     return Anchor.from_model(net)
 
