@@ -4,86 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .naming import named_float_parameters
-from .penalty import CHUNK, Term
+from .adapted import LowRankEntry, apply_low_rank, base_sums, look_at
+from .adapters import has_adapters
+from .backends import Backend
+from .identity import EntrySums, tensor_sums
+from .naming import unwrap
+from .penalty import PenaltySums, Term
 from .plan import Plan, PlanEntry, build_plan
-from .provenance import Provenance, examine
+from .provenance import Provenance, SourceFiles, examine, source_of
 from .source import SourceWeights, load_source
-
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-# Sums are compared on grids: far coarser than the float64 rounding that depends on the order of summation (threads,
-# shards), and fine enough to see one changed weight among millions. Σ x is measured against ‖x‖, about as large as
-# the sum of a matrix with mean 0.
-_SUM_BITS, _SQUARES_BITS = 27, 32
-
-
-class EntrySums(NamedTuple):
-    """Identity of one tensor of θ0: shape, Σ x and Σ x², summed in float64."""
-
-    shape: tuple[int, ...]
-    total: float
-    squared: float
-
-    @property
-    def identity(self) -> tuple[tuple[int, ...], int, int]:
-        """Shape and both sums in units of their grids: equal for equal tensors, however they were summed up."""
-        norm = math.sqrt(self.squared)
-        return self.shape, _on_grid(self.total, norm, _SUM_BITS), _on_grid(self.squared, self.squared, _SQUARES_BITS)
-
-    def agrees_with(self, other: EntrySums) -> bool:
-        """Whether both are sums of one tensor; unlike on the grid, no rounding can fall between two steps."""
-        return (
-            self.shape == other.shape
-            and abs(self.total - other.total) <= math.sqrt(self.squared) * 2.0**-_SUM_BITS
-            and abs(self.squared - other.squared) <= self.squared * 2.0**-_SQUARES_BITS
-        )
-
-
-def _on_grid(value: float, size: float, bits: int) -> int:
-    if size == 0.0 or not math.isfinite(size):
-        return 0
-    # The odd factor keeps round sizes (a norm's weights that are all 1) off the steps of the exponent.
-    return round(math.ldexp(value, bits - math.frexp(1.2345 * size)[1]))
+from .storage import Storage
 
 
 class Anchor(Mapping[str, Tensor]):
     """θ0, a read-only mapping from canonical parameter name to tensor, and the plan of who is pulled to it.
 
     Only trainable parameters with a pretrained value are stored; one that is unfrozen later joins with the value
-    that it had while frozen. Values are copies: they never share memory with the model.
+    that it had while frozen. Values are copies: they never share memory with the model. Where the model is sharded,
+    each rank holds θ0 of its own part of every parameter, and nothing else.
 
     Attributes:
         plan: Which parameter is anchored, new, frozen or excluded, and with which weight.
         source: Hub id or local path where θ0 can be had again; None if unknown.
         revision: Commit of a Hub source.
+        backend: Where parameters and gradients live.
+        attached: Whether the values are there: not before `attach` where parameters are sharded later.
     """
 
     def __init__(
         self,
         plan: Plan,
+        storage: Storage | None = None,
         *,
-        dtype: str = "auto",
-        offload: str = "none",
         source: str | None = None,
         revision: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
-        if offload not in ("none", "cpu"):
-            raise ValueError(f"offload={offload!r} is not available; choose 'none' or 'cpu'.")
         self.plan = plan
         self.source = source
         self.revision = revision
-        self._dtype = _DTYPES[dtype]
-        self._offload = offload
+        self.backend = Backend() if backend is None else backend
+        self._storage = Storage() if storage is None else storage
         self._values: dict[str, Tensor] = {}
         self._sums: dict[str, EntrySums] = {}
+        # Whole values of another source, until the model is sharded; and what is to be checked then.
+        self._given: dict[str, Tensor] | None = None
+        self._checks: list[Callable[[], None]] = []
+        self.attached = False
 
     @classmethod
     def from_model(
@@ -94,7 +70,9 @@ class Anchor(Mapping[str, Tensor]):
         weights: Mapping[str, float | Tensor] | str | None = None,
         dtype: str = "auto",
         offload: str = "none",
+        offload_folder: str | os.PathLike[str] | None = None,
         provenance: Provenance | None = None,
+        backend: Backend | None = None,
     ) -> Anchor:
         """Takes the model's present values as θ0.
 
@@ -103,18 +81,17 @@ class Anchor(Mapping[str, Tensor]):
             exclude: Regular expressions of parameters that are not pulled.
             weights: w; see `L2SPArguments.l2sp_weights`.
             dtype: Storage: `auto`, `float32` or `bfloat16`.
-            offload: `none` or `cpu`.
+            offload: `none`, `cpu` or `disk`.
+            offload_folder: For `disk`: where values go that the model's own files do not hold.
             provenance: What is known of the weights' origin; None: found out from the model.
+            backend: Where parameters live; with one whose parts come later (FSDP, DeepSpeed) the values are taken
+                by `attach`.
 
         Raises:
             ValueError: Nothing trainable has a pretrained value, θ0 holds NaN or inf, or weights do not match.
         """
         provenance = examine(model) if provenance is None else provenance
-        plan = build_plan(model, provenance, exclude, weights)
-        anchor = cls(plan, dtype=dtype, offload=offload, source=provenance.source, revision=provenance.revision)
-        plan.require_anchored()
-        anchor.join_trainable()
-        return anchor
+        return cls._make(model, provenance, exclude, weights, dtype, offload, offload_folder, backend)
 
     @classmethod
     def from_pretrained(
@@ -127,6 +104,9 @@ class Anchor(Mapping[str, Tensor]):
         weights: Mapping[str, float | Tensor] | str | None = None,
         dtype: str = "auto",
         offload: str = "none",
+        offload_folder: str | os.PathLike[str] | None = None,
+        provenance: Provenance | None = None,
+        backend: Backend | None = None,
     ) -> Anchor:
         """Loads θ0 for a model from another place than the model itself.
 
@@ -140,30 +120,122 @@ class Anchor(Mapping[str, Tensor]):
             exclude: Regular expressions of parameters that are not pulled.
             weights: w; see `L2SPArguments.l2sp_weights`.
             dtype: Storage: `auto`, `float32` or `bfloat16`.
-            offload: `none` or `cpu`.
+            offload: `none`, `cpu` or `disk`.
+            offload_folder: For `disk`: where values go that the source's own files do not hold.
+            provenance: What is known of the model's own origin; None: found out from the model.
+            backend: As for `from_model`.
 
         Raises:
             ValueError: The source cannot be loaded, has other shapes, lacks part of the base model, or matches
                 nothing.
         """
-        loaded: SourceWeights = load_source(id_or_path, model, revision, exclude)
-        plan = build_plan(model, loaded.provenance, exclude, weights)
-        anchor = cls(
-            plan,
-            dtype=dtype,
-            offload=offload,
-            source=loaded.provenance.source,
-            revision=loaded.provenance.revision,
+        if has_adapters(model):
+            raise ValueError(
+                f"l2sp_anchor={id_or_path!r} cannot be the θ0 of a model with PEFT adapters: their distance is that "
+                "from the base model's own weights. Leave l2sp_anchor out."
+            )
+        loaded: SourceWeights = load_source(id_or_path, model, revision, exclude, provenance)
+        return cls._make(
+            model, loaded.provenance, exclude, weights, dtype, offload, offload_folder, backend, loaded.values
         )
+
+    @classmethod
+    def _make(
+        cls,
+        model: nn.Module,
+        provenance: Provenance,
+        exclude: Sequence[str] | None,
+        weights: Mapping[str, float | Tensor] | str | None,
+        dtype: str,
+        offload: str,
+        folder: str | os.PathLike[str] | None,
+        backend: Backend | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Anchor:
+        backend = Backend() if backend is None else backend
+        plan = build_plan(model, provenance, exclude, weights)
         plan.require_anchored()
-        for entry in plan.entries.values():
-            if not entry.can_be_anchored:
-                continue
-            value = loaded.values[entry.name].to(entry.parameter.dtype)
-            # A frozen parameter that already is θ0 costs nothing; another one needs its θ0 once it is unfrozen.
-            if entry.role == "anchored" or not torch.equal(value.to(entry.pulled.device), entry.pulled):
-                anchor._store(entry, value)
+        mapped = _mapped_source(model, provenance, plan, backend) if offload == "disk" else None
+        storage = Storage(dtype, offload, folder=folder, mapped=mapped, **backend.writing())
+        anchor = cls(plan, storage, source=provenance.source, revision=provenance.revision, backend=backend)
+        if given is not None:
+            anchor._given = {name: given[name] for name, e in plan.entries.items() if e.can_be_anchored}
+        if not backend.late:
+            anchor.attach(model)
         return anchor
+
+    def attach(self, model: nn.Module) -> None:
+        """Takes the values; by now the model is as it will be trained, sharded or not, and still pretrained.
+
+        Args:
+            model: The model, wrapped or not.
+
+        Raises:
+            ValueError: θ0 holds NaN or inf, or sharding has hidden parameters.
+        """
+        self.backend.attach(model)
+        if self.backend.late:
+            self.plan.rebind(model)
+        given, self._given = self._given or {}, None
+        values: dict[str, Tensor] = {}
+        moved: dict[str, bool] = {}
+        for name, entry in self.plan.entries.items():
+            local, region = self._local(entry), self.backend.region(entry.parameter)
+            if isinstance(entry.weight, Tensor):
+                entry.weight = region.cut(entry.weight).to(local.device, copy=True)
+            if name in given:
+                values[name] = region.cut(given[name].to(entry.parameter.dtype)).to(local)
+                moved[name] = not torch.equal(values[name], local)
+            elif entry.role == "anchored":
+                values[name] = self._original(entry, local)
+        # A frozen parameter that already is θ0 costs nothing; another one needs its θ0 once it is unfrozen. A rank
+        # may hold nothing of it, so all of them decide together.
+        anywhere = (
+            self.backend.add_up(torch.tensor(list(moved.values()), dtype=torch.float32)).tolist() if moved else []
+        )
+        for name, count in zip(moved, anywhere, strict=True):
+            if not count and self.plan.entries[name].role != "anchored":
+                del values[name]
+        self._store(values)
+        self._store_low_rank()
+        self.attached = True
+        for check in self._checks:
+            check()
+        self._checks = []
+
+    def when_attached(self, check: Callable[[], None]) -> None:
+        """Calls `check` as soon as the values are there, which may be now."""
+        if self.attached:
+            check()
+        else:
+            self._checks.append(check)
+
+    def _original(self, entry: PlanEntry, local: Tensor) -> Tensor:
+        """This rank's part of θ0: of a copy that PEFT trains, the original's."""
+        if entry.original is None:
+            return local
+        (whole,) = self.backend.gather([entry.original])
+        return self.backend.region(entry.parameter).cut(whole[: entry.rows]).to(local)
+
+    def _lends(self, entry: PlanEntry) -> bool:
+        return entry.original is not None and not self.backend.sharded
+
+    def _store_low_rank(self) -> None:
+        """Identities of the weights that LoRA changes; their values stay in the model, where nothing moves them."""
+        entries = [entry for entry in self.plan.low_rank.values() if entry.pretrained and not entry.excluded]
+        for entry in entries:
+            entry.take_starts(self.backend)
+        self._store_sums([(e.name, e.shape) for e in entries], [base_sums(e.adapted, self.backend) for e in entries])
+
+    def _local(self, entry: PlanEntry) -> Tensor:
+        """What this rank holds of the pulled part of θ."""
+        local, rows = self.backend.local(entry.parameter), self._rows(entry)
+        return local if rows is None else local[:rows]
+
+    def _rows(self, entry: PlanEntry) -> int | None:
+        if entry.rows is None:
+            return None
+        return self.backend.region(entry.parameter).leading(entry.rows, entry.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -184,31 +256,46 @@ class Anchor(Mapping[str, Tensor]):
         Args:
             also: Names to store although they are frozen now.
         """
-        joined = []
-        for name, entry in self.plan.entries.items():
-            wanted = entry.role == "anchored" or (name in also and entry.can_be_anchored)
-            if wanted and name not in self._values:
-                self._store(entry, entry.pulled)
-                joined.append(name)
-        return joined
+        joining = {
+            name: self._original(entry, self._local(entry))
+            for name, entry in self.plan.entries.items()
+            if name not in self._values and (entry.role == "anchored" or (name in also and entry.can_be_anchored))
+        }
+        if joining:
+            self._store(joining)
+        return list(joining)
 
-    def _store(self, entry: PlanEntry, value: Tensor) -> None:
-        sums = _sums(value)
-        if not math.isfinite(sums.squared):
-            raise ValueError(
-                f"θ0 of {entry.name} holds NaN or inf (or values whose squares overflow), so no distance to it is "
-                "defined. Load an intact pretrained model, or take the parameter out with l2sp_exclude."
-            )
-        device = torch.device("cpu") if self._offload == "cpu" else entry.parameter.device
-        copy = value.detach().to(device=device, dtype=self._dtype or value.dtype, copy=True)
-        if self._offload == "cpu" and entry.parameter.is_cuda:
-            copy = copy.pin_memory()
-        self._values[entry.name] = copy
-        self._sums[entry.name] = sums
+    def _store(self, values: Mapping[str, Tensor]) -> None:
+        """Keeps copies of values, each of them this rank's part, and the identities of the whole tensors."""
+        entries = [self.plan.entries[name] for name in values]
+        self._store_sums(
+            [(entry.name, entry.pulled_shape) for entry in entries],
+            [tensor_sums(v) / self.backend.copies(e.parameter) for v, e in zip(values.values(), entries, strict=True)],
+        )
+        # A frozen original beside its trained copy need not be copied once more.
+        lent = {e.name: v for v, e in zip(values.values(), entries, strict=True) if self._lends(e)}
+        # DeepSpeed trains an fp32 copy of bf16 weights, which begins as exactly these.
+        narrow = {
+            e.name: _narrowed(v, e.parameter.dtype)
+            for v, e in zip(values.values(), entries, strict=True)
+            if e.name not in lent
+        }
+        self._values.update(self._storage.keep(narrow))
+        self._values.update(lent)
+
+    def _store_sums(self, tensors: Sequence[tuple[str, tuple[int, ...]]], shares: Sequence[Tensor]) -> None:
+        totals = self.backend.add_up(torch.stack([share.cpu() for share in shares])).tolist() if shares else []
+        for (name, shape), (total, squared) in zip(tensors, totals, strict=True):
+            if not math.isfinite(squared):
+                raise ValueError(
+                    f"θ0 of {name} holds NaN or inf (or values whose squares overflow), so no distance to it is "
+                    "defined. Load an intact pretrained model, or take the parameter out with l2sp_exclude."
+                )
+            self._sums[name] = EntrySums(shape, total, squared)
 
     @property
     def sums(self) -> Mapping[str, EntrySums]:
-        """Shape and float64 sums of every stored tensor, taken before any rounding to the storage dtype."""
+        """Shape and float64 sums of every stored tensor, over all ranks and before rounding to the storage dtype."""
         return self._sums
 
     @property
@@ -219,11 +306,12 @@ class Anchor(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Memory that θ0 takes, in bytes."""
-        return sum(value.numel() * value.element_size() for value in self._values.values())
+        """Memory that θ0 takes on this rank, in bytes; 0 where it is mapped from disk."""
+        own = {n: v for n, v in self._values.items() if not self._lends(self.plan.entries[n])}
+        return self._storage.nbytes(own)
 
     def norm(self, name: str) -> float:
-        """‖θ0‖ of one parameter."""
+        """‖θ0‖ of one parameter, all of it."""
         return math.sqrt(self._sums[name].squared)
 
     def active(self) -> list[PlanEntry]:
@@ -232,7 +320,29 @@ class Anchor(Mapping[str, Tensor]):
 
     def terms(self) -> list[Term]:
         """The summands w‖θ − θ0‖² that act now."""
-        return [Term(e.parameter, self._values[e.name], e.weight, e.rows) for e in self.active()]
+        return [Term(e.parameter, self._values[e.name], e.weight, self._rows(e)) for e in self.active()]
+
+    def active_low_rank(self) -> list[LowRankEntry]:
+        """The weights whose adapters are pulled now."""
+        return self.plan.low_rank_having("anchored")
+
+    def active_names(self) -> list[str]:
+        """Names of all that is pulled now, in the order of `apply`'s sums."""
+        return [entry.name for entry in self.active()] + [entry.name for entry in self.active_low_rank()]
+
+    def apply(self, coefficient: float, gradient: bool = True) -> PenaltySums:
+        """Adds the gradient of coefficient · Σ w‖θ − θ0‖² to the live gradients; the sums are over all ranks.
+
+        Args:
+            coefficient: λ.
+            gradient: False only measures.
+        """
+        sums = self.backend.apply(self.terms(), coefficient, gradient)
+        low_rank = self.active_low_rank()
+        if not low_rank:
+            return sums
+        more = apply_low_rank(low_rank, self.backend, coefficient, gradient)
+        return PenaltySums(*(torch.cat([a.to(b), b]) for a, b in zip(sums, more, strict=True)))
 
     def new_terms(self) -> list[Term]:
         """The summands ‖θ_new‖² that act now."""
@@ -240,8 +350,8 @@ class Anchor(Mapping[str, Tensor]):
 
     def terms_for(
         self, model: nn.Module, weights: Mapping[str, float | Tensor] | None = None
-    ) -> tuple[list[Term], list[Term]]:
-        """The summands for the parameters of a model, and those of its new parameters.
+    ) -> tuple[list[Term], list[Term], list[tuple[LowRankEntry, float]]]:
+        """The summands for the parameters of a model, those of its new parameters, and adapted weights with their w.
 
         Args:
             model: The model from which the anchor was taken, or another one with the same names and shapes.
@@ -258,17 +368,27 @@ class Anchor(Mapping[str, Tensor]):
             rows = {n: e.rows for n, e in plan.entries.items() if e.rows is not None}
             plan = build_plan(model, Provenance(True, new, rows), weights=weights)
         terms = [
-            term._replace(weight=plan.entries[name].weight)
+            term._replace(weight=self._weight(plan.entries[name], self.plan.entries[name]))
             for name, term in zip(names, stored, strict=True)
             if term.parameter.requires_grad and not plan.entries[name].excluded
         ]
-        parameters = dict(named_float_parameters(model))
+        parameters = look_at(model).parameters
         new_terms = [
             Term(parameters[name], None)
             for name, entry in self.plan.entries.items()
             if not entry.pretrained and name in parameters and parameters[name].requires_grad
         ]
-        return terms, new_terms
+        low_rank = [
+            (entry, plan.low_rank[entry.name].weight)
+            for entry in self.active_low_rank()
+            if not plan.low_rank[entry.name].excluded
+        ]
+        return terms, new_terms, low_rank
+
+    def _weight(self, entry: PlanEntry, own: PlanEntry) -> float | Tensor:
+        if entry is own or not isinstance(entry.weight, Tensor):
+            return entry.weight
+        return self.backend.region(own.parameter).cut(entry.weight).to(self.backend.local(own.parameter).device)
 
     def stored_terms(self, model: nn.Module) -> tuple[list[str], list[Term]]:
         """Name and unweighted summand ‖θ − θ0‖² for every stored value, frozen or not.
@@ -276,15 +396,16 @@ class Anchor(Mapping[str, Tensor]):
         Raises:
             ValueError: An anchored parameter is missing from the model or has another shape.
         """
-        parameters = dict(named_float_parameters(model))
+        parameters = look_at(model).parameters
         terms = []
         for name, value in self._values.items():
             parameter = parameters.get(name)
             if parameter is None:
                 raise ValueError(f"The anchor holds {name}, which the model lacks; they belong to different models.")
-            rows = self.plan.entries[name].rows
-            expected = tuple(value.shape) if rows is None else (parameter.shape[0], *value.shape[1:])
-            if tuple(parameter.shape) != expected:
+            rows = self._rows(self.plan.entries[name])
+            shape = tuple(self.backend.local(parameter).shape)
+            expected = tuple(value.shape) if rows is None else (shape[0], *value.shape[1:])
+            if shape != expected:
                 raise ValueError(
                     f"{name} has shape {tuple(parameter.shape)}, its θ0 {tuple(value.shape)}; the anchor belongs to "
                     "another model, or the model was resized after the anchor was taken."
@@ -297,20 +418,46 @@ class Anchor(Mapping[str, Tensor]):
         RuntimeError: A value of θ0 shares memory with its parameter, so that the penalty would be 0 for ever.
         """
         for entry in self.active():
-            if self._values[entry.name].untyped_storage().data_ptr() == entry.parameter.untyped_storage().data_ptr():
+            value, local = self._values[entry.name], self.backend.local(entry.parameter)
+            if value.numel() and value.untyped_storage().data_ptr() == local.untyped_storage().data_ptr():
                 raise RuntimeError(
                     f"θ0 of {entry.name} shares memory with the parameter itself, so the distance would be 0 for "
                     "ever. Build the anchor with Anchor.from_model or Anchor.from_pretrained, which copy."
                 )
 
+    def require_unchanged(self) -> None:
+        """Raises:
+        RuntimeError: A file from which θ0 is mapped was written in place since.
+        """
+        self._storage.require_unchanged()
 
-def _sums(tensor: Tensor) -> EntrySums:
-    flat = tensor.detach().reshape(-1)
-    dtype = torch.float32 if flat.device.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=dtype, device=flat.device)
-    squared = torch.zeros((), dtype=dtype, device=flat.device)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK].to(dtype)
-        total += part.sum()
-        squared += torch.dot(part, part)
-    return EntrySums(tuple(tensor.shape), float(total), float(squared))
+
+def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value in a narrower dtype, where that loses nothing."""
+    if torch.promote_types(value.dtype, dtype) != value.dtype or value.dtype == dtype:
+        return value
+    narrow = value.to(dtype)
+    return narrow if torch.equal(narrow.to(value.dtype), value) else value
+
+
+def _mapped_source(
+    model: nn.Module, provenance: Provenance, plan: Plan, backend: Backend
+) -> Callable[[str], tuple[Tensor, Path] | None] | None:
+    """`name -> this rank's part of the tensor, mapped from the file that θ0 comes from, and the file`."""
+    bare: Any = unwrap(model)
+    source, revision = provenance.source, provenance.revision
+    if source is None:
+        source, revision = source_of(bare)
+    files = SourceFiles.find(source, revision) if source and isinstance(bare, PreTrainedModel) else None
+    if files is None:
+        return None
+
+    def mapped(name: str) -> tuple[Tensor, Path] | None:
+        found = files.mapped(bare, name)
+        entry = plan.entries[name]
+        if found is None or found[0].dim() != len(entry.shape) or found[0].shape[1:] != entry.shape[1:]:
+            return None
+        stored, path = found
+        return backend.region(entry.parameter).cut(stored[: entry.rows] if entry.rows else stored), path
+
+    return mapped

@@ -61,7 +61,9 @@ class L2SPArguments:
             Storage of θ0: `auto` (that of the parameter, exact), `float32` or `bfloat16`. bfloat16 halves the memory
             of a float32 anchor, but its rounding is about as large as the drift of 30 training steps.
         l2sp_anchor_offload (`str`, defaults to `"none"`):
-            Where θ0 lives: `none` (beside the parameter) or `cpu` (streamed in chunks). `disk` is not available yet.
+            Where θ0 lives: `none` (beside the parameter), `cpu` (pinned, streamed in chunks) or `disk` (mapped and
+            not resident: from the model's own safetensors file where that holds it exactly, else from a file that
+            is written once to `output_dir` and used again).
 
     > Parameters that control which parameters are pulled, and how much
 
@@ -118,7 +120,9 @@ class L2SPArguments:
     )
     l2sp_anchor_offload: Literal["none", "cpu", "disk"] = field(
         default="none",
-        metadata={"help": "Where θ0 lives: none (beside the parameter) or cpu (disk: not yet)."},
+        metadata={
+            "help": "Where θ0 lives: none (beside the parameter), cpu (streamed) or disk (mapped, not resident)."
+        },
     )
     l2sp_exclude: list[str] | None = field(
         default=None,
@@ -185,8 +189,6 @@ class L2SPArguments:
             self._check_l2sp_choice(name)
 
     def _check_l2sp_anchor(self) -> None:
-        if self.l2sp_anchor_offload == "disk":
-            raise _not_yet("l2sp_anchor_offload", "disk", "use 'none' or 'cpu'")
         for name in ("l2sp_anchor_dtype", "l2sp_anchor_offload"):
             self._check_l2sp_choice(name)
         if self.l2sp_anchor is not None and not str(self.l2sp_anchor).strip():

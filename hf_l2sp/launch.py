@@ -1,42 +1,46 @@
-"""Launches, models and optimizers under which the penalty is not exact yet: refused, never ignored."""
+"""Launches, models and optimizers under which the penalty would not be exact: refused, never ignored."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate.utils import DistributedType
-from torch import nn
 
 from .args import BACKWARD_OPTIMIZERS
-from .naming import unwrap
 
-_SINGLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_KINDS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 
 
 def check_launch(trainer: Any) -> None:
     """Raises:
     ValueError: The trainer runs where hf_l2sp cannot add the penalty exactly; says what to do instead.
     """
-    kind = trainer.accelerator.distributed_type
-    processes = trainer.accelerator.num_processes
-    if processes > 1 or kind not in _SINGLE:
-        raise _refusal(
-            f"a distributed launch ({kind.value}, {processes} processes)",
-            "Launch one process (accelerate launch --num_processes 1)",
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type
+    if kind not in _KINDS:
+        raise _refusal(f"a launch of type {kind.value}", "Use DDP, FSDP or DeepSpeed")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and (accelerator.num_processes == 1 or kind == DistributedType.NO):
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE={started}), but they are not connected: each would train on "
+            "its own, in the same folder. On the CPU pass use_cpu=True (--use_cpu), or set ACCELERATE_USE_CPU=true in "
+            "the environment of the launch."
         )
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        raise _refusal("a model sharded at load time (DistributedConfig)", "Load it without distributed_config")
-    if trainer.args.n_gpu > 1:
-        raise _refusal(
-            f"DataParallel over {trainer.args.n_gpu} GPUs",
-            "Show one GPU to the program (CUDA_VISIBLE_DEVICES=0)",
-        )
-    bare = unwrap(trainer.model)
-    if _has_adapters(bare):
-        raise _refusal(
-            f"PEFT adapters ({type(bare).__name__})",
-            "Train the full model, or merge the adapters first (model.merge_and_unload())",
-        )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(trainer, accelerator.state.fsdp_plugin)
+    if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin)
     name = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for value in (name.lower(), optimizer):
@@ -44,9 +48,27 @@ def check_launch(trainer: Any) -> None:
             raise _refusal(f"the optimizer {name or optimizer}, which updates inside backward", "Use adamw_torch")
 
 
-def _has_adapters(bare: nn.Module) -> bool:
-    # The second is set by transformers' own add_adapter().
-    return hasattr(bare, "peft_config") or bool(getattr(bare, "_hf_peft_config_loaded", False))
+def _check_fsdp(trainer: Any, plugin: Any) -> None:
+    if trainer.args.auto_find_batch_size:
+        raise _refusal(
+            "auto_find_batch_size under FSDP, which shards a model anew whose weights have moved",
+            "Set per_device_train_batch_size",
+        )
+    if getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
+        raise _refusal(
+            "FSDP1 with use_orig_params=false, which hides the parameters in one flat tensor",
+            "Set fsdp_use_orig_params: true, or fsdp_version: 2",
+        )
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    config = plugin.deepspeed_config
+    stage = plugin.zero_stage
+    zero = config.get("zero_optimization", {})
+    if any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
+        raise _refusal("DeepSpeed's offload to NVMe", "Offload to the CPU")
+    if stage == 0 and config.get("fp16", {}).get("enabled") in (True, "auto"):
+        raise _refusal("DeepSpeed with fp16 and without ZeRO", "Set zero_stage: 1, or bf16")
 
 
 def _refusal(what: str, instead: str) -> ValueError:

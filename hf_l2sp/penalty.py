@@ -28,24 +28,31 @@ class Term(NamedTuple):
         anchor: θ0, or None for a pull to zero.
         weight: w, a number or a tensor of θ0's shape.
         rows: Leading rows of θ that are pulled; None: all.
+        grad: The gradient to add to, of θ's shape; None: `parameter.grad`.
     """
 
     parameter: Tensor
     anchor: Tensor | None
     weight: float | Tensor = 1.0
     rows: int | None = None
+    grad: Tensor | None = None
 
 
 class PenaltySums(NamedTuple):
     """What one pass found, before any λ.
 
     Attributes:
-        weighted: Σ w‖θ − θ0‖². Shape: [].
+        weighted: w‖θ − θ0‖² of every term. Shape: [terms].
         squared: ‖θ − θ0‖² of every term, without w. Shape: [terms].
     """
 
     weighted: Tensor
     squared: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Σ w‖θ − θ0‖². Shape: []."""
+        return self.weighted.sum()
 
 
 @torch.no_grad()
@@ -75,14 +82,7 @@ def penalty_pass(
     owner: list[int] = []
     for index, term in enumerate(terms):
         theta = term.parameter.detach()
-        if gradient and term.parameter.grad is None:
-            # As autograd would: a parameter that the task does not reach still feels the penalty.
-            term.parameter.grad = torch.zeros_like(theta)
-        grad = term.parameter.grad if gradient else theta
-        assert grad is not None
-        if gradient and grad.layout != torch.strided:
-            # The pull is dense; sparse + dense is dense under autograd, too.
-            grad = term.parameter.grad = grad.to_dense()
+        grad = _gradient(term) if gradient else theta
         if term.rows is not None:
             theta, grad = theta[: term.rows], grad[: term.rows]
         dtype = torch.promote_types(theta.dtype, torch.float32)
@@ -108,15 +108,28 @@ def penalty_pass(
     return _sums(terms, plain, weighted, owner)
 
 
+def _gradient(term: Term) -> Tensor:
+    if term.grad is not None:
+        return term.grad
+    parameter = term.parameter
+    if parameter.grad is None:
+        # As autograd would: a parameter that the task does not reach still feels the penalty.
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.layout != torch.strided:
+        # The pull is dense; sparse + dense is dense under autograd, too.
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
 def _sums(terms: Sequence[Term], plain: list[Tensor], weighted: list[Tensor], owner: list[int]) -> PenaltySums:
     device = terms[0].parameter.device if terms else torch.device("cpu")
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    squared = torch.zeros(len(terms), dtype=dtype, device=device)
-    if not plain:
-        return PenaltySums(torch.zeros((), dtype=dtype, device=device), squared)
-    index = torch.tensor(owner, device=device)
-    squared.index_add_(0, index, torch.stack([part.to(device, dtype) for part in plain]))
-    return PenaltySums(torch.stack([part.to(device, dtype) for part in weighted]).sum(), squared)
+    sums = torch.zeros(2, len(terms), dtype=dtype, device=device)
+    if plain:
+        index = torch.tensor(owner, device=device)
+        for row, parts in zip(sums, (weighted, plain), strict=True):
+            row.index_add_(0, index, torch.stack([part.to(device, dtype) for part in parts]))
+    return PenaltySums(sums[0], sums[1])
 
 
 def _buffer(scratch: list[Tensor], slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,7 +176,7 @@ class _SquaredDistance(torch.autograd.Function):
         ctx.save_for_backward(theta)
         ctx.rest = (anchor, weight, rows)
         sums = penalty_pass([Term(theta, anchor, weight, rows)], 1.0, gradient=False)
-        return sums.weighted.to(torch.promote_types(theta.dtype, torch.float32))
+        return sums.total.to(torch.promote_types(theta.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
@@ -205,13 +218,20 @@ def l2sp_penalty(
     Source: Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional
     Networks", 2018 (arXiv 1802.01483), eq. 3.
     """
-    terms, new = anchor.terms_for(model, weights)
+    from .adapted import low_rank_penalty
+
+    terms, new, low_rank = anchor.terms_for(model, weights)
     total: Tensor | None = None
     for scale, group in ((1.0, terms), (beta, new if beta else [])):
         for term in group:
-            value: Tensor = _SquaredDistance.apply(term.parameter, term.anchor, term.weight, term.rows)
-            value = value * scale if scale != 1.0 else value
+            theta = anchor.backend.differentiable(term.parameter)
+            value: Tensor = _SquaredDistance.apply(theta, term.anchor, term.weight, term.rows)
+            share = scale / anchor.backend.copies(term.parameter)
+            value = value * share if share != 1.0 else value
             total = value if total is None else total + value.to(total.device)
+    for entry, weight in low_rank:
+        value = low_rank_penalty(entry, weight, anchor.backend)
+        total = value if total is None else total + value.to(total.device)
     if total is None:
         raise ValueError("l2sp_penalty found no trainable parameter with an anchor; unfreeze some, or leave it out.")
-    return total
+    return anchor.backend.across_ranks(total)

@@ -22,6 +22,8 @@ from transformers.utils import (
     logging,
 )
 
+from .adapter_checks import has_adapters
+from .backends import full_shape, whole_tensor
 from .naming import named_float_parameters, unwrap
 
 logger = logging.get_logger(__name__)
@@ -61,7 +63,8 @@ def examine(model: nn.Module) -> Provenance:
     new: set[int] = set()
     rows: dict[int, int] = {}
     known: set[int] = set()
-    for part in _pretrained_parts(bare):
+    parts = list(_pretrained_parts(bare))
+    for part in parts:
         found = _examine_part(part)
         if found is not None:
             known |= {id(p) for p in part.parameters()}
@@ -74,7 +77,8 @@ def examine(model: nn.Module) -> Provenance:
         True,
         frozenset(n for n, p in parameters.items() if id(p) in new or id(p) not in known),
         {n: rows[id(p)] for n, p in parameters.items() if id(p) in rows},
-        *source_of(bare),
+        # What PEFT wraps around a model has no weights of its own.
+        *source_of(parts[0] if has_adapters(bare) and len(parts) == 1 else bare),
     )
 
 
@@ -112,7 +116,7 @@ def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | No
         return {id(parameters[n]) for n in new}, rows
     for name in vocabulary - new:
         kept = files.leading_rows(part, name, parameters[name])
-        if 0 < kept < parameters[name].shape[0]:
+        if 0 < kept < full_shape(parameters[name])[0]:
             rows[id(parameters[name])] = kept
     return {id(parameters[n]) for n in new}, rows
 
@@ -151,6 +155,9 @@ class _Binary:
 
     def get_slice(self, key: str) -> _BinarySlice:
         return _BinarySlice(self._tensors[key])
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
 
 
 class _BinarySlice:
@@ -215,30 +222,33 @@ class SourceFiles:
         stored = self._slice(part, name)
         if stored is None:
             return False
-        shape = tuple(stored.get_shape())
-        if shape[1:] != tuple(parameter.shape)[1:] or (shape != tuple(parameter.shape) and not enlarged):
+        shape, wanted = tuple(stored.get_shape()), full_shape(parameter)
+        if shape[1:] != wanted[1:] or (shape != wanted and not enlarged):
             return False
         prefix = part.base_model_prefix
         if not hasattr(part, prefix) or name.startswith(f"{prefix}."):
             return True
         # Else the head was replaced by another one. Of an output layer with other rows the first one tells.
         rows = 1 if enlarged else shape[0]
-        return torch.equal(stored[:rows].to(parameter), parameter.detach()[:rows])
+        here = whole_tensor(parameter)[:rows]
+        return torch.equal(stored[:rows].to(here), here)
 
     def begins(self, part: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
         """Whether a parameter is, up to its number of rows, the one from here: its first row is the same."""
         if not self.gave(part, name, parameter, enlarged=True):
             return False
         stored = self._slice(part, name)
-        return torch.equal(stored[:1].to(parameter), parameter.detach()[:1])
+        first = whole_tensor(parameter)[:1]
+        return torch.equal(stored[:1].to(first), first)
 
     def leading_rows(self, part: PreTrainedModel, name: str, parameter: nn.Parameter) -> int:
         """How many leading rows of an embedding come from here; all of it where the file does not know it."""
         stored = self._slice(part, name)
-        rows = parameter.shape[0] if stored is None else min(stored.get_shape()[0], parameter.shape[0])
-        if stored is None or rows == parameter.shape[0]:
-            return parameter.shape[0]
-        here = parameter.detach()[:rows]
+        present = full_shape(parameter)[0]
+        rows = present if stored is None else min(stored.get_shape()[0], present)
+        if stored is None or rows == present:
+            return present
+        here = whole_tensor(parameter)[:rows]
         same = (stored[:rows].to(here) == here).flatten(1).all(1) if here.dim() > 1 else stored[:rows].to(here) == here
         # Up to the last row that is still the same: those after it were dropped and made again between. Nothing in
         # common: all of it has moved since it was loaded.
@@ -250,17 +260,28 @@ class SourceFiles:
         compared = 0
         for name, parameter in parameters.items():
             stored = self._slice(part, name)
-            if stored is None or parameter.dim() < 2 or tuple(stored.get_shape()) != tuple(parameter.shape):
+            shape = full_shape(parameter)
+            if stored is None or len(shape) < 2 or tuple(stored.get_shape()) != shape:
                 continue
-            if torch.equal(stored[:].to(parameter), parameter.detach()):
+            here = whole_tensor(parameter)
+            if torch.equal(stored[:].to(here), here):
                 return True
             compared += 1
             if compared == samples:
                 break
         return False
 
+    def mapped(self, part: PreTrainedModel, name: str) -> tuple[torch.Tensor, Path] | None:
+        """The stored tensor, mapped and not read yet, and its file; None if there is none."""
+        key = self._key(part, name)
+        return None if key is None else (self._open(self._where[key]).get_tensor(key), self._where[key])
+
     def _slice(self, part: PreTrainedModel, name: str) -> Any:
-        """The stored tensor, not read yet; None if there is none."""
+        key = self._key(part, name)
+        return None if key is None else self._open(self._where[key]).get_slice(key)
+
+    def _key(self, part: PreTrainedModel, name: str) -> str | None:
+        """The name under which a parameter is stored; None if it is not."""
         prefix = part.base_model_prefix
         for short in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
             # Names of old checkpoints, which transformers converts while loading.
@@ -270,7 +291,7 @@ class SourceFiles:
                 short.replace("LayerNorm.bias", "LayerNorm.beta"),
             ):
                 if key in self._where:
-                    return self._open(self._where[key]).get_slice(key)
+                    return key
         return None
 
     def _open(self, path: Path) -> Any:

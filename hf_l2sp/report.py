@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .adapted import apply_low_rank
 from .anchor import Anchor
-from .penalty import penalty_pass
 from .plan import ROLES
 
 HISTORY_KEYS = ("step", "task_loss", "l2sp_penalty", "l2sp_distance", "l2sp_drift", "l2sp_lambda")
@@ -112,7 +112,7 @@ def layer_drift(anchor: Anchor, squared: dict[str, float]) -> tuple[LayerDrift, 
         distance = math.sqrt(math.fsum(squared[n] for n in names))
         norm = math.sqrt(math.fsum(anchor.norm(n) ** 2 for n in names))
         relative = distance / norm if norm > 0 else (math.inf if distance > 0 else 0.0)
-        return LayerDrift(sum(anchor[n].numel() for n in names), distance, norm, relative)
+        return LayerDrift(sum(math.prod(anchor.sums[n].shape) for n in names), distance, norm, relative)
 
     return drift(list(squared)), {layer: drift(names) for layer, names in groups.items()}
 
@@ -128,8 +128,15 @@ def drift_report(model: nn.Module, anchor: Anchor) -> DriftReport:
         ValueError: The anchor belongs to another model.
     """
     names, terms = anchor.stored_terms(model)
-    squared = dict(zip(names, penalty_pass(terms, 0.0, gradient=False).squared.tolist(), strict=True))
+    low_rank = anchor.active_low_rank()
+    squared = anchor.backend.apply(terms, 0.0, gradient=False).squared.tolist()
+    squared += apply_low_rank(low_rank, anchor.backend, 0.0, gradient=False).squared.tolist()
+    return make_report(anchor, dict(zip([*names, *(e.name for e in low_rank)], squared, strict=True)))
+
+
+def make_report(anchor: Anchor, squared: dict[str, float]) -> DriftReport:
+    """The report over squared distances by parameter name."""
     total, layers = layer_drift(anchor, squared)
-    counts: dict[str, int] = {role: sum(entry.elements for entry in anchor.plan.having(role)) for role in ROLES}
+    counts: dict[str, int] = {role: anchor.plan.elements(role) for role in ROLES}
     identity = {"source": anchor.source, "revision": anchor.revision, "fingerprint": anchor.fingerprint}
     return DriftReport(total, layers, counts, identity)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .backends import loading_whole
 from .naming import canonical_name, named_float_parameters, unwrap
 from .plan import PlanEntry, build_plan
 from .provenance import Provenance, examine, is_vocabulary
@@ -26,7 +27,11 @@ class SourceWeights(NamedTuple):
 
 
 def load_source(
-    id_or_path: str, model: nn.Module, revision: str | None = None, exclude: Sequence[str] | None = None
+    id_or_path: str,
+    model: nn.Module,
+    revision: str | None = None,
+    exclude: Sequence[str] | None = None,
+    handed: Provenance | None = None,
 ) -> SourceWeights:
     """Loads the values of a model's parameters from another checkpoint of its architecture.
 
@@ -36,6 +41,7 @@ def load_source(
         model: The model that will be trained.
         revision: Hub revision.
         exclude: Regular expressions of parameters for which no value is needed.
+        handed: What is known of the model's own origin; None: found out from the model.
 
     Raises:
         ValueError: The source cannot be loaded, is of another architecture, has other shapes, or lacks part of the
@@ -46,7 +52,7 @@ def load_source(
         found, commit = _load_pretrained(id_or_path, bare, revision)
     else:
         found, commit = _load_safetensors(id_or_path), None
-    handed = examine(bare)
+    handed = examine(bare) if handed is None else handed
     plan = build_plan(bare, Provenance(True, handed.new), exclude)
     values: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -60,7 +66,7 @@ def load_source(
         value, kept_rows = _matched(bare, entry, value)
         if value is None:
             if _is_required(bare, entry):
-                mismatched.append(f"{name} is {tuple(found[name].shape)}, needs {tuple(entry.parameter.shape)}")
+                mismatched.append(f"{name} is {tuple(found[name].shape)}, needs {entry.shape}")
             continue
         values[name] = value
         if kept_rows is not None:
@@ -92,13 +98,13 @@ def _is_required(bare: nn.Module, entry: PlanEntry) -> bool:
 
 def _matched(bare: nn.Module, entry: PlanEntry, value: Tensor) -> tuple[Tensor | None, int | None]:
     """The value cut to the parameter's shape, and how many rows it covers where it is shorter."""
-    shape, parameter = tuple(value.shape), entry.parameter
-    if shape == tuple(parameter.shape):
+    shape = tuple(value.shape)
+    if shape == entry.shape:
         return value, None
-    if shape[1:] != tuple(parameter.shape)[1:] or not is_vocabulary(bare, parameter):
+    if shape[1:] != entry.shape[1:] or not is_vocabulary(bare, entry.parameter):
         return None, None
-    if shape[0] > parameter.shape[0]:
-        return value[: parameter.shape[0]], None
+    if shape[0] > entry.shape[0]:
+        return value[: entry.shape[0]], None
     return value, shape[0]
 
 
@@ -122,7 +128,7 @@ def _load_pretrained(
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     try:
         # The missing head is initialised at random and thrown away; it must not move the training's random numbers.
-        with _quiet(), torch.random.fork_rng(devices=_cuda_devices()):
+        with _quiet(), loading_whole(), torch.random.fork_rng(devices=_cuda_devices()):
             pretrained_class: Any = type(bare)
             loaded, info = pretrained_class.from_pretrained(
                 id_or_path, revision=revision, config=config, dtype=dtype, output_loading_info=True

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from .anchor import Anchor, EntrySums
+from .anchor import Anchor
+from .identity import EntrySums
 from .naming import unwrap
 from .provenance import source_of
 
@@ -161,6 +162,6 @@ def recorded_anchor(model: nn.Module, **options: Any) -> Anchor | None:
             f"{source!r}{f' at {revision}' if revision else ''}, but: {error} To take the fine-tuned weights as a "
             f"new θ0 on purpose, set l2sp_anchor={folder!r}."
         ) from error
-    check_fingerprint(anchor, state, folder)
+    anchor.when_attached(lambda: check_fingerprint(anchor, state, folder))
     logger.info(f"L2-SP: θ0 is {source!r}, on record in {path}; not the fine-tuned weights beside it.")
     return anchor

@@ -13,13 +13,15 @@ from transformers.utils import logging
 
 from .anchor import Anchor
 from .args import L2SPArguments
+from .backends import Backend, make_backend
 from .card import add_l2sp_section
 from .heads import warn_if_head_ignores_item_count
 from .launch import check_launch
 from .naming import canonical_name, unwrap
-from .penalty import l2sp_penalty, penalty_pass
+from .penalty import l2sp_penalty
 from .plan import Plan
-from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift
+from .provenance import examine
+from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift, make_report
 from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor, write_state
 from .strength import schedule_state, strength_at
 
@@ -53,11 +55,15 @@ class L2SPMixin:
     model: Any
     accelerator: Any
     state: Any
+    is_in_train: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.l2sp_anchor: Anchor | None = None
         self._l2sp_model: weakref.ref[nn.Module] | None = None
         self._l2sp_in_step = False
+        self._l2sp_checkpoint: str | None = None
+        # The penalty of a step that the engine takes within backward.
+        self._l2sp_stepped: Tensor | None = None
         # Of the window since the last log; on the device, so that no step waits for the host.
         self._l2sp_window: list[Tensor] = []
         self._l2sp_last: tuple[float, list[str], Tensor] | None = None
@@ -92,13 +98,20 @@ class L2SPMixin:
         if self.l2sp_anchor is None or self._l2sp_model is None or self._l2sp_model() is not bare:
             check_launch(self)
             self.l2sp_anchor = None  # that of an earlier model need not stay beside the new one
-            self.l2sp_anchor = self._l2sp_take_anchor(bare)
-            self.l2sp_anchor.require_own_memory()
+            self.l2sp_anchor = self._l2sp_take_anchor(bare, make_backend(self.accelerator, bare))
             self._l2sp_model = weakref.ref(bare)
-            if self.is_world_process_zero():  # type: ignore[attr-defined]
-                logger.warning(self.l2sp_anchor.plan.summary())
-        if checkpoint is None:
-            return
+            self.l2sp_anchor.when_attached(self._l2sp_anchor_attached)
+        if checkpoint is not None:
+            self._l2sp_check_against(checkpoint)
+
+    def _l2sp_anchor_attached(self) -> None:
+        assert self.l2sp_anchor is not None
+        self.l2sp_anchor.require_own_memory()
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            logger.warning(self.l2sp_anchor.plan.summary())
+
+    def _l2sp_check_against(self, checkpoint: str) -> None:
+        assert self.l2sp_anchor is not None
         state = read_state(checkpoint)
         if state is None:
             logger.warning(
@@ -110,12 +123,15 @@ class L2SPMixin:
         self.l2sp_anchor.join_trainable(also=entry_names(state))
         check_fingerprint(self.l2sp_anchor, state, checkpoint)
 
-    def _l2sp_take_anchor(self, bare: nn.Module) -> Anchor:
+    def _l2sp_take_anchor(self, bare: nn.Module, backend: Backend) -> Anchor:
         options = {
             "exclude": self._l2sp_arg("l2sp_exclude"),
             "weights": self._l2sp_arg("l2sp_weights"),
             "dtype": self._l2sp_arg("l2sp_anchor_dtype"),
             "offload": self._l2sp_arg("l2sp_anchor_offload"),
+            "offload_folder": self.args.output_dir,
+            "provenance": backend.agree(lambda: examine(bare)),
+            "backend": backend,
         }
         source = self._l2sp_arg("l2sp_anchor")
         if source is not None:
@@ -131,9 +147,22 @@ class L2SPMixin:
             )
         return Anchor.from_model(bare, **options)
 
-    # A checkpoint is loaded before `create_optimizer` in a single process; whichever comes first takes θ0.
+    # Where the model is whole, a checkpoint is loaded into it before `create_optimizer`; whichever comes first takes
+    # θ0. FSDP and DeepSpeed shard the model after `_wrap_model` and load the checkpoint after `create_scheduler`,
+    # which takes the values.
+    def _inner_training_loop(
+        self, batch_size: Any = None, args: Any = None, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        self._l2sp_checkpoint = resume_from_checkpoint
+        result = super()._inner_training_loop(  # type: ignore[misc]
+            batch_size, args, resume_from_checkpoint, *rest, **kwargs
+        )
+        if self._l2sp_on and self.l2sp_anchor is not None and self.l2sp_anchor.backend.sharded:
+            self._l2sp_last = self._l2sp_measure()  # later no other rank may be there to join in
+        return result
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._l2sp_on:
+        if self._l2sp_on and (self.l2sp_anchor is None or not self.l2sp_anchor.backend.late):
             self._l2sp_prepare_anchor(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
@@ -142,11 +171,24 @@ class L2SPMixin:
             self._l2sp_prepare_anchor()
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
+    def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
+        if self._l2sp_on and self.is_in_train:
+            self._l2sp_prepare_anchor()
+        return super()._wrap_model(*args, **kwargs)  # type: ignore[misc]
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         # Reached once per training loop, also when auto_find_batch_size starts it again.
         if self._l2sp_on:
             self._l2sp_prepare_anchor()
             self._l2sp_window = []
+            assert self.l2sp_anchor is not None
+            bare, backend = unwrap(self.model), self.l2sp_anchor.backend
+            if backend.late and backend.prepared(bare):
+                if not self.l2sp_anchor.attached:
+                    self.l2sp_anchor.attach(bare)
+                    if self._l2sp_checkpoint is not None:
+                        self._l2sp_check_against(self._l2sp_checkpoint)
+                backend.before_step(self._l2sp_before_engine_step)
         return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -197,6 +239,7 @@ class L2SPMixin:
             )
         self._l2sp_prepare_anchor()
         assert self.l2sp_anchor is not None
+        backend = self.l2sp_anchor.backend
         # What was unfrozen since the last step still has its pretrained value.
         self.l2sp_anchor.join_trainable()
         self._l2sp_in_step = True
@@ -207,7 +250,8 @@ class L2SPMixin:
         # Set by the training loop before each micro-batch: true for the last one of a window, be it a short one.
         if not self.accelerator.sync_gradients:
             return loss
-        penalty = self._l2sp_add_penalty()
+        penalty = self._l2sp_stepped if backend.steps_in_backward else self._l2sp_add_penalty()
+        assert penalty is not None
         _trained_models.add(unwrap(self.model))
         # At least float32: a bfloat16 loss would swallow the penalty, which is counted once in the logged sum.
         dtype = torch.promote_types(loss.dtype, torch.float32)
@@ -218,20 +262,22 @@ class L2SPMixin:
         anchor = self.l2sp_anchor
         assert anchor is not None
         strength, beta = self._l2sp_strength(), float(self._l2sp_arg("l2sp_beta"))
-        scaler = getattr(self.accelerator, "scaler", None)
-        scale = None
-        if scaler is not None and scaler.is_enabled():
-            # The factor that the loss was multiplied by; stays on the device.
-            scale = scaler.scale(torch.ones((), device=self.args.device))
-        sums = penalty_pass(anchor.terms(), strength, grad_scale=scale)
-        penalty = strength * sums.weighted
+        sums = anchor.apply(strength)
+        penalty = strength * sums.total
         if beta:
-            penalty = penalty + beta * penalty_pass(anchor.new_terms(), beta, grad_scale=scale).weighted.to(
-                penalty.device
-            )
+            penalty = penalty + beta * anchor.backend.apply(anchor.new_terms(), beta).total.to(penalty.device)
         self._l2sp_window.append(penalty)
-        self._l2sp_last = (strength, [entry.name for entry in anchor.active()], sums.squared)
+        self._l2sp_last = (strength, anchor.active_names(), sums.squared)
         return penalty
+
+    def _l2sp_before_engine_step(self) -> None:
+        self._l2sp_stepped = self._l2sp_add_penalty() if self._l2sp_on else None
+
+    def _l2sp_measure(self) -> tuple[float, list[str], Tensor]:
+        """λ, and the squared distance of every parameter that is pulled; all ranks must take part."""
+        assert self.l2sp_anchor is not None
+        squared = self.l2sp_anchor.apply(0.0, gradient=False).squared
+        return self._l2sp_strength(), self.l2sp_anchor.active_names(), squared
 
     # --- logs, state file, report, card -----------------------------------------------------------------------------
 
@@ -244,6 +290,7 @@ class L2SPMixin:
     def _l2sp_logs(self, loss: float) -> dict[str, float]:
         """The penalty averaged over the window, as the loss is; the distances and λ of its last step."""
         assert self.l2sp_anchor is not None and self._l2sp_last is not None
+        self.l2sp_anchor.require_unchanged()
         penalty = float(torch.stack(self._l2sp_window).mean())
         strength, names, squared = self._l2sp_last
         total, layers = layer_drift(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
@@ -258,11 +305,11 @@ class L2SPMixin:
             logs.update({f"l2sp_drift/{name}": layer.drift for name, layer in layers.items()})
         return logs
 
-    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         # Before the weights: a folder with trained weights then never lacks the record of their θ0.
-        if self._l2sp_on and self.l2sp_anchor is not None and self.args.should_save:
+        if self._l2sp_on and self.l2sp_anchor is not None and self.l2sp_anchor.attached and self.args.should_save:
             write_state(output_dir if output_dir is not None else self.args.output_dir, self._l2sp_state())
-        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
 
     def _l2sp_state(self) -> dict[str, Any]:
         assert self.l2sp_anchor is not None
@@ -283,6 +330,9 @@ class L2SPMixin:
     def l2sp_drift_report(self) -> DriftReport:
         """How far the model is from θ0 now, per layer, and how it came there.
 
+        Where the model is sharded, this rank cannot look at all of it: there it is the distance at the end of
+        training, or during training that at the beginning of the last step.
+
         Raises:
             ValueError: There is no anchor: training has not started, or `l2sp_lambda` is 0.
         """
@@ -291,7 +341,11 @@ class L2SPMixin:
                 "There is no anchor to measure the drift from: call train() first, with l2sp_lambda > 0 (it is "
                 f"{self._l2sp_arg('l2sp_lambda')}), or use drift_report(model, anchor)."
             )
-        report = drift_report(self.model, self.l2sp_anchor)
+        if self.l2sp_anchor.backend.sharded and self._l2sp_last is not None:
+            _, names, squared = self._l2sp_last
+            report = make_report(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
+        else:
+            report = drift_report(self.model, self.l2sp_anchor)
         report.settings = {
             name: self._l2sp_arg(f"l2sp_{name}") for name in ("lambda", "schedule", "mode", "beta", "exclude")
         }

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hf_l2sp import Anchor
-from hf_l2sp import anchor as anchor_module
-from hf_l2sp.anchor import EntrySums
+from hf_l2sp import identity
+from hf_l2sp.identity import EntrySums
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 
@@ -98,7 +98,9 @@ def test_strided_parameters():
 def test_unknown_options(net):
     with pytest.raises(ValueError, match="dtype='float16' is unknown; choose one of auto, float32, bfloat16"):
         Anchor.from_model(net, dtype="float16")
-    with pytest.raises(ValueError, match="offload='disk' is not available; choose 'none' or 'cpu'"):
+    with pytest.raises(ValueError, match="offload='nvme' is not available; choose one of 'none', 'cpu', 'disk'"):
+        Anchor.from_model(net, offload="nvme")
+    with pytest.raises(ValueError, match="offload='disk' needs a folder"):
         Anchor.from_model(net, offload="disk")
 
 
@@ -173,7 +175,7 @@ def test_fingerprint_does_not_depend_on_wrapping_storage_or_training(classifier,
 @pytest.mark.parametrize("chunk", [61, 1000, 1 << 19])
 def test_fingerprint_does_not_depend_on_the_order_of_summation(classifier, monkeypatch, chunk):
     expected = Anchor.from_model(classifier).fingerprint
-    monkeypatch.setattr(anchor_module, "CHUNK", chunk)
+    monkeypatch.setattr(identity, "CHUNK", chunk)
     assert Anchor.from_model(classifier).fingerprint == expected
 
 
@@ -254,7 +256,8 @@ def test_fingerprint_of_zeros_and_ones():
 def test_summands_for_another_model_of_the_same_kind(tiny_bert_dir, classifier, move):
     anchor = Anchor.from_model(classifier)
     other = move(BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3))
-    terms, new = anchor.terms_for(other)
+    terms, new, low_rank = anchor.terms_for(other)
+    assert low_rank == []
     assert [term.parameter for term in terms] == [other.get_parameter(name) for name in anchor]
     assert [term.parameter for term in new] == [other.classifier.weight, other.classifier.bias]
 

@@ -75,7 +75,6 @@ REFUSALS = [
     ({"l2sp_anchor": "  "}, "l2sp_anchor=.*is empty"),
     ({"l2sp_anchor_revision": "v2"}, "l2sp_anchor_revision='v2' needs l2sp_anchor"),
     ({"l2sp_anchor_dtype": "float16"}, "l2sp_anchor_dtype='float16' is unknown; choose one of 'float32', 'bfloat16'"),
-    ({"l2sp_anchor_offload": "disk"}, "l2sp_anchor_offload='disk' is not available in hf_l2sp .*'none' or 'cpu'"),
     ({"l2sp_anchor_offload": "nvme"}, "l2sp_anchor_offload='nvme' is unknown; choose one of 'none', 'cpu', 'disk'"),
     ({"l2sp_exclude": ["(broken"]}, r"l2sp_exclude contains '\(broken', which is not a regular expression"),
     ({"l2sp_exclude": [3]}, "l2sp_exclude contains 3, which is not a string"),

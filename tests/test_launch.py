@@ -1,4 +1,4 @@
-"""What L2-SP does not support yet is refused before any training, with what to do instead."""
+"""What L2-SP cannot do exactly is refused before any training, with what to do instead."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ from hf_l2sp import __version__
 from hf_l2sp.launch import check_launch
 
 
-def trainer(kind=DistributedType.NO, processes=1, n_gpu=1, optim="adamw_torch", optimizer=None, model=None, **extra):
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def trainer(
+    kind=DistributedType.NO, processes=1, optim="adamw_torch", optimizer=None, find_batch_size=False, **plugins
+):
     return SimpleNamespace(
-        accelerator=SimpleNamespace(distributed_type=kind, num_processes=processes),
-        args=SimpleNamespace(n_gpu=n_gpu, optim=optim),
+        accelerator=SimpleNamespace(distributed_type=kind, num_processes=processes, state=SimpleNamespace(**plugins)),
+        args=SimpleNamespace(optim=optim, auto_find_batch_size=find_batch_size),
         optimizer=optimizer,
-        model=nn.Linear(2, 2) if model is None else model,
-        **extra,
     )
 
 
-def adapted(**attributes):
-    model = nn.Linear(2, 2)
-    for name, value in attributes.items():
-        setattr(model, name, value)
-    return model
+def fsdp(version=2, original=True, **options):
+    plugin = SimpleNamespace(fsdp_version=version, use_orig_params=original)
+    return {"kind": DistributedType.FSDP, "processes": 2, "fsdp_plugin": plugin, **options}
+
+
+def deepspeed(stage=2, **config):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+    return {"kind": DistributedType.DEEPSPEED, "processes": 2, "deepspeed_plugin": plugin}
+
+
+def offloaded(part, device):
+    return deepspeed(3, zero_optimization={part: {"device": device}})
 
 
 class Lomo:
@@ -36,31 +48,19 @@ class Lomo:
 
 
 REFUSED = {
-    "two processes": (
-        {"kind": DistributedType.MULTI_CPU, "processes": 2},
-        r"a distributed launch \(MULTI_CPU, 2 processes\)\. Launch one process \(accelerate .*--num_processes 1\)",
+    "TPU": ({"kind": DistributedType.XLA}, r"a launch of type XLA\. Use DDP, FSDP or DeepSpeed"),
+    "Megatron": ({"kind": DistributedType.MEGATRON_LM}, r"a launch of type MEGATRON_LM\. Use DDP, FSDP or DeepSpeed"),
+    "FSDP batch size": (
+        fsdp(find_batch_size=True),
+        r"auto_find_batch_size under FSDP.*Set per_device_train_batch_size",
     ),
-    "two GPUs": (
-        {"kind": DistributedType.MULTI_GPU, "processes": 8},
-        r"a distributed launch \(MULTI_GPU, 8 processes\)",
+    "FSDP1 flat": (fsdp(1, original=False), r"FSDP1 with use_orig_params=false.*fsdp_use_orig_params: true"),
+    "NVMe optimizer": (offloaded("offload_optimizer", "nvme"), r"DeepSpeed's offload to NVMe\. Offload to the CPU"),
+    "NVMe parameters": (offloaded("offload_param", "nvme"), r"DeepSpeed's offload to NVMe\. Offload to the CPU"),
+    "DeepSpeed fp16 alone": (
+        deepspeed(0, fp16={"enabled": True}),
+        r"DeepSpeed with fp16 and without ZeRO\. .*stage: 1",
     ),
-    "FSDP": ({"kind": DistributedType.FSDP}, r"a distributed launch \(FSDP, 1 processes\)"),
-    "DeepSpeed": ({"kind": DistributedType.DEEPSPEED}, r"a distributed launch \(DEEPSPEED, 1 processes\)"),
-    "TPU": ({"kind": DistributedType.XLA}, r"a distributed launch \(XLA, 1 processes\)"),
-    "sharded load": (
-        {"is_distributed_loading_by_transformers": True},
-        r"a model sharded at load time \(DistributedConfig\)\. Load it without distributed_config",
-    ),
-    "DataParallel": (
-        {"n_gpu": 4},
-        r"DataParallel over 4 GPUs\. Show one GPU to the program \(CUDA_VISIBLE_DEVICES=0\)",
-    ),
-    "PEFT": (
-        {"model": adapted(peft_config={})},
-        r"PEFT adapters \(Linear\)\. Train the full model, or merge the adapters first \(.*merge_and_unload\(\)\)",
-    ),
-    "added adapter": ({"model": adapted(_hf_peft_config_loaded=True)}, r"PEFT adapters \(Linear\)"),
-    "compiled PEFT": ({"model": torch.compile(adapted(peft_config={}))}, r"PEFT adapters \(Linear\)"),
     "optimizer": ({"optimizer": Lomo()}, r"the optimizer Lomo, which updates inside backward\. Use adamw_torch"),
     "optim": ({"optim": SimpleNamespace(value="adalomo")}, r"the optimizer adalomo, which updates inside backward"),
     "layerwise": ({"optim": "galore_adamw_layerwise"}, r"the optimizer galore_adamw_layerwise, which updates inside"),
@@ -74,20 +74,33 @@ def test_refusal(options, message):
         check_launch(trainer(**options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"kind": DistributedType.MULTI_CPU},
-        {"kind": DistributedType.MULTI_GPU},
-        {"n_gpu": 0},
-        {"optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters())},
-        {"optim": SimpleNamespace(value="adafactor")},
-        {"model": adapted(_hf_peft_config_loaded=False)},
-        {"model": torch.compile(nn.Linear(2, 2))},
-        {"is_distributed_loading_by_transformers": False},
-    ],
-    ids=str,
-)
+SUPPORTED = {
+    "one process": {},
+    "gloo": {"kind": DistributedType.MULTI_CPU, "processes": 2},
+    "one CPU process": {"kind": DistributedType.MULTI_CPU},
+    "GPUs": {"kind": DistributedType.MULTI_GPU, "processes": 8},
+    "batch size": {"find_batch_size": True},
+    "FSDP2": fsdp(),
+    "FSDP1": fsdp(1),
+    "FSDP2 has no flat form": fsdp(2, original=False),
+    "ZeRO-2 fp16": deepspeed(2, fp16={"enabled": True}),
+    "DeepSpeed bf16 alone": deepspeed(0, bf16={"enabled": True}),
+    "offload": offloaded("offload_optimizer", "cpu"),
+    "optimizer": {"optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters())},
+    "optim": {"optim": SimpleNamespace(value="adafactor")},
+}
+
+
+@pytest.mark.parametrize("options", SUPPORTED.values(), ids=SUPPORTED.keys())
 def test_what_is_supported(options):
     check_launch(trainer(**options))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": DistributedType.NO, "processes": 2}], ids=["alone", "connected without a type"]
+)
+def test_processes_that_do_not_train_together(monkeypatch, options):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started \(WORLD_SIZE=2\), but they are not connected"):
+        check_launch(trainer(**options))
+    check_launch(trainer(DistributedType.MULTI_CPU, 2))

@@ -249,5 +249,4 @@ def test_compiled_and_parallel_wrappers_do_not_change_the_plan(net):
 def test_known_rows_are_those_that_are_pulled():
     model = nn.Embedding(6, 2)
     plan = build_plan(model, Provenance(True, rows={"weight": 4}))
-    assert plan.entries["weight"].pulled.shape == (4, 2)
-    assert plan.entries["weight"].pulled.data_ptr() == model.weight.data_ptr()
+    assert plan.entries["weight"].pulled_shape == (4, 2)

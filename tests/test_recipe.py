@@ -20,8 +20,8 @@ if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
 import medical_textcls  # noqa: E402
-from _recipe import one_line_errors, use_all_cores  # noqa: E402
 from _recipe_args import DataArguments, RecipeError, RecipeTrainingArguments, Settings  # noqa: E402
+from _recipe_launch import one_line_errors, use_all_cores  # noqa: E402
 from _recipe_output import (  # noqa: E402
     check_output_dir,
     clear_output_dir,

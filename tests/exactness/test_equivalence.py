@@ -11,8 +11,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.anchor import Anchor
-from hf_l2sp.plan import PlanEntry
+from hf_l2sp.storage import Storage
 
 from .harness import Recorder, Reference, expected_gradients, relative_error, run, snapshot
 
@@ -435,10 +434,7 @@ def test_lambda_changed_during_training_takes_effect(bert, classification_data, 
 
 
 def test_aliased_anchor_is_caught(bert, classification_data, tmp_path, monkeypatch):
-    def alias(self: Anchor, entry: PlanEntry, value: torch.Tensor) -> None:
-        self._values[entry.name] = entry.parameter.detach()
-
-    monkeypatch.setattr(Anchor, "_store", alias)
+    monkeypatch.setattr(Storage, "keep", lambda self, values: dict(values))
     trainer = L2SPTrainer(
         model=bert(),
         args=L2SPTrainingArguments(**arguments(tmp_path, max_steps=1), l2sp_lambda=0.3),

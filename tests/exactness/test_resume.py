@@ -14,12 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.utils import is_accelerate_available
 
 from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments, interpolate
 
 from .harness import snapshot
 
 WORKER = Path(__file__).with_name("training_worker.py")
+# accelerate before 1.15 shuffles the epoch that a run resumes in as if it were the first, so that plain Trainer resumes
+# bit for bit in the first epoch only, which has six steps here. Remove with the floor below 1.15.
+KILLS = (5, 9) if is_accelerate_available("1.15") else (3, 5)
 
 
 def work(*arguments: str) -> subprocess.CompletedProcess:
@@ -40,7 +44,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tiny_bert_dir, tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = work(tiny_bert_dir, str(whole), *extra)
     assert done.returncode == 0, done.stderr[-2000:]
-    for kill, resume in ((5, []), (9, ["--resume"])):  # killed twice: a resumed run is killed too
+    for kill, resume in zip(KILLS, ([], ["--resume"]), strict=True):  # killed twice: a resumed run is killed too
         killed = work(tiny_bert_dir, str(cut), "--kill", str(kill), *resume, *extra)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
         assert not (cut / "outcome.json").exists()

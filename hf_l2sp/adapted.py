@@ -1,0 +1,190 @@
+"""The low-rank part of a plan: weights that LoRA changes, and how their distance gets its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import AdaptedWeight, SavedCopy, base_name, lora_layers, saved_copies
+from .backends import Backend, full_shape
+from .identity import tensor_sums
+from .lowrank import LowRank, Product, lowrank_pass, lowrank_squared
+from .naming import named_float_parameters
+from .penalty import PenaltySums
+
+
+@dataclass
+class LowRankEntry:
+    """One weight of the base model that adapters change; its distance is ‖Σ s·BA‖².
+
+    Attributes:
+        name: Name of the base weight in the model without adapters.
+        adapted: The weight and its live factors.
+        shape: Shape of the base weight.
+        pretrained: Whether the base weight has a pretrained value.
+        excluded: Whether the user took it out.
+        weight: w.
+        rows: Leading rows of the base weight that have a pretrained value; `None`: all.
+        starts: What θ0 has besides the base weight (PiSSA and its like), whole, by adapter.
+    """
+
+    name: str
+    adapted: AdaptedWeight
+    shape: tuple[int, ...]
+    pretrained: bool = True
+    excluded: bool = False
+    weight: float = 1.0
+    rows: int | None = None
+    starts: dict[str, Product] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether one of the factors that act now is trained."""
+        return any(factor.requires_grad for product in self.adapted.active().values() for factor in product[:2])
+
+    @property
+    def role(self) -> str:
+        """What happens now, in the words of `PlanEntry.role`."""
+        if not self.trainable:
+            return "frozen"
+        if not self.pretrained:
+            return "new"
+        return "excluded" if self.excluded else "anchored"
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the weight, or in its pretrained rows."""
+        shape = self.shape if self.rows is None else (self.rows, *self.shape[1:])
+        return torch.Size(shape).numel()
+
+    def term(self, backend: Backend) -> LowRank:
+        """The distance now, over whole factors."""
+        live = self.adapted.term(self.starts, self.rows)
+        whole = backend.gather([factor for product in live.products for factor in product[:2]])
+        products = [
+            product._replace(up=up, down=down)
+            for product, up, down in zip(live.products, whole[::2], whole[1::2], strict=True)
+        ]
+        return live._replace(products=tuple(products))
+
+    def take_starts(self, backend: Backend) -> None:
+        """Copies what θ0 has besides the base weight; before training."""
+        for name in self.adapted.starts():
+            product = self.adapted.products()[name]
+            up, down = backend.gather([product.up, product.down])
+            self.starts[name] = Product(up.detach().clone(), down.detach().clone(), product.scale)
+
+
+@dataclass
+class AdaptedModel:
+    """What a plan needs to know of a model, with or without adapters.
+
+    Attributes:
+        parameters: Parameters by the names that they have without adapters. The factors of adapters and the weights
+            that they change are not among them; of a trained copy and its original, the copy is.
+        copies: Trained copies by name.
+        weights: Weights that adapters change.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    copies: dict[str, SavedCopy]
+    weights: list[AdaptedWeight]
+
+
+def look_at(model: nn.Module) -> AdaptedModel:
+    """Sorts a model's parameters.
+
+    Raises:
+        ValueError: An adapter has no exact distance.
+    """
+    weights = lora_layers(model)
+    copies = {copy.name: copy for copy in saved_copies(model)}
+    if not weights and not copies:
+        return AdaptedModel(dict(named_float_parameters(model)), {}, [])
+    aside = {id(factor) for weight in weights for product in weight.products().values() for factor in product[:2]}
+    aside |= {id(weight.base) for weight in weights}
+    trained = {id(copy.parameter) for copy in copies.values()}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in named_float_parameters(model):
+        short = base_name(name)
+        if id(parameter) not in aside and id(parameter) not in trained and short not in copies:
+            parameters[short] = parameter
+    parameters |= {name: copy.parameter for name, copy in copies.items()}
+    return AdaptedModel(parameters, copies, weights)
+
+
+def new_in_base(model: AdaptedModel, new: frozenset[str]) -> frozenset[str]:
+    """The names, without adapters, of what has no pretrained value; adapters and copies of modules are made anew.
+
+    Args:
+        model: The model.
+        new: Names in the adapted model of parameters that were not loaded.
+    """
+    if not model.copies and not model.weights:
+        return new
+    made = ("lora_", "modules_to_save", "trainable_tokens_")
+    return frozenset(base_name(name) for name in new if not any(word in name for word in made))
+
+
+def apply_low_rank(
+    entries: Sequence[LowRankEntry], backend: Backend, coefficient: float, gradient: bool = True
+) -> PenaltySums:
+    """Adds the gradients of coefficient · Σ w‖Σ s·BA‖² to the factors' and returns the sums, as `penalty_pass` does.
+
+    Every rank computes all of it, from whole factors: they are small. It keeps what belongs to its part.
+    """
+    gradient = gradient and coefficient != 0.0
+    scale = backend.grad_scale() if gradient else None
+    squared: list[Tensor] = []
+    pulls: list[tuple[Tensor, Tensor]] = []
+    for entry in entries:
+        term = entry.term(backend)
+        factor = coefficient * entry.weight
+        found = lowrank_pass(term, factor if scale is None else scale.double() * factor)
+        squared.append(found.squared)
+        for live, gradients in zip(entry.adapted.active().values(), found.gradients, strict=True):
+            pulls += [pair for pair in zip(live[:2], gradients, strict=True) if pair[0].requires_grad]
+    if gradient:
+        backend.add_to_gradients(pulls)
+    sums = torch.stack([value.to(squared[0]) for value in squared]) if squared else torch.zeros(0, dtype=torch.float64)
+    weights = torch.tensor([entry.weight for entry in entries], dtype=sums.dtype, device=sums.device)
+    return PenaltySums(sums * weights, sums)
+
+
+def low_rank_penalty(entry: LowRankEntry, weight: float, backend: Backend) -> Tensor:
+    """The differentiable w‖Σ s·BA‖². Shape: [].
+
+    Raises:
+        ValueError: The model is sharded.
+    """
+    if backend.sharded:
+        raise ValueError(
+            "Where the model is sharded, the penalty of adapters has no autograd graph outside a training step. Let "
+            "train() run the steps."
+        )
+    return lowrank_squared(entry.adapted.term(entry.starts, entry.rows)) * weight
+
+
+def base_shape(weight: AdaptedWeight) -> tuple[int, ...]:
+    """Shape of the base weight, which quantization may have packed."""
+    base = weight.base
+    if base is None or not base.is_floating_point():
+        out = (weight.layer.out_features,)
+        return out if weight.part == "bias" else (*out, weight.layer.in_features)
+    return full_shape(base)
+
+
+def base_sums(weight: AdaptedWeight, backend: Backend) -> Tensor:
+    """This rank's share of Σ x and Σ x² over the base weight, as it counts in computations. Shape: [2]."""
+    base = weight.base
+    if base is None:
+        return torch.zeros(2, dtype=torch.float64)
+    if base.is_floating_point():
+        return tensor_sums(backend.local(base)) / backend.copies(base)
+    from peft.utils.integrations import dequantize_module_weight
+
+    whole = dequantize_module_weight(weight.layer.get_base_layer())
+    return tensor_sums(whole) / backend.copies(whole)
