@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +13,15 @@ from typing import Any
 import torch
 import transformers
 from _recipe_args import RecipeError, Settings
+from _recipe_launch import (
+    agreed,
+    check_connected,
+    check_layers,
+    choose_device,
+    is_main_process,
+    say,
+    use_all_cores,
+)
 from _recipe_model import ModelSource, find_model, quiet_loading
 from _recipe_output import (
     check_output_dir,
@@ -27,53 +33,10 @@ from _recipe_output import (
     write_json,
 )
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers.trainer_pt_utils import get_model_param_count
 
 import hf_l2sp
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str = "") -> None:
-    """Prints, in the main process alone."""
-    if is_main_process():
-        print(text, flush=True)
-
-
-def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Turns a `RecipeError` into its message and exit code 1; any other exception is a bug and keeps its traceback."""
-
-    @functools.wraps(main)
-    def wrapped(argv: list[str] | None = None) -> None:
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # those of loading and saving; that of training is another one
-        try:
-            main(argv)
-        except RecipeError as error:
-            if is_main_process():
-                print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-
-    return wrapped
-
-
-def use_all_cores(device: torch.device) -> None:
-    """Takes back the single thread that `accelerate launch` allows a run on the CPU when nothing is configured.
-
-    It sets OMP_NUM_THREADS to 1 unless that is set already (accelerate 1.x), which doubles the time on two cores.
-    """
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if device.type == "cpu" and by_accelerate and os.environ.get("WORLD_SIZE", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores or 1)
-
 
 Build = Callable[[type[Trainer], TrainingArguments, dict[str, Any]], Trainer]
 
@@ -105,15 +68,20 @@ class Run:
         self.settings["push_to_hub"] = False
         if self.push and not self.settings["hub_model_id"]:
             self.settings["hub_model_id"] = Path(self.settings["output_dir"]).absolute().name
+        choose_device(self.settings)
         self.args = self.settings.build(L2SPTrainingArguments)
+        check_connected(self.args)
         use_all_cores(self.args.device)
         self.output_dir = Path(self.args.output_dir)
-        self.checkpoint = find_checkpoint(self.settings["resume_from_checkpoint"], self.args.output_dir)
-        if is_main_process():
-            overwrite, read = self.settings["overwrite_output_dir"], (self.source.path, self.args.l2sp_anchor)
-            check_output_dir(self.args.output_dir, overwrite, self.checkpoint, read)
+        self.checkpoint = agreed(self._find_checkpoint)
         if self.l2sp_on and importlib.util.find_spec("matplotlib") is None:
             raise RecipeError("the report is drawn with matplotlib: pip install 'hf-l2sp[recipes]'.")
+
+    def _find_checkpoint(self) -> str | None:
+        checkpoint = find_checkpoint(self.settings["resume_from_checkpoint"], self.args.output_dir)
+        overwrite, read = self.settings["overwrite_output_dir"], (self.source.path, self.args.l2sp_anchor)
+        check_output_dir(self.args.output_dir, overwrite, checkpoint, read)
+        return checkpoint
 
     @property
     def l2sp_on(self) -> bool:
@@ -134,32 +102,37 @@ class Run:
             args = self.settings.build(L2SPTrainingArguments, output_dir=folder, report_to="none")
             try:
                 trainer = build(L2SPTrainer, args, {"train": [], "validation": []})
+                check_layers(trainer.model)
                 if self.l2sp_on:
                     with quiet_loading():
                         trainer.create_optimizer()
             except (OSError, ValueError) as error:
                 raise RecipeError(str(error)) from error
             if self.push:
-                try:
-                    trainer.init_hf_repo()
-                except Exception as error:  # network, login and permission errors have no common class
-                    raise RecipeError(
-                        f"--push_to_hub: the repository {args.hub_model_id!r} cannot be created: {error}. Log in with "
-                        "'hf auth login', or leave the flag out."
-                    ) from error
-        return sum(parameter.numel() for parameter in trainer.model.parameters())
+                agreed(lambda: self._create_repository(trainer))
+        return get_model_param_count(trainer.model)
+
+    def _create_repository(self, trainer: Trainer) -> None:
+        try:
+            trainer.init_hf_repo()
+        except Exception as error:  # network, login and permission errors have no common class
+            raise RecipeError(
+                f"--push_to_hub: the repository {self.args.hub_model_id!r} cannot be created: {error}. Log in with "
+                "'hf auth login', or leave the flag out."
+            ) from error
 
     def __call__(self, build: Build, datasets: dict[str, Any]) -> None:
         """Trains on `train`, evaluates on `validation` and `test`, writes the output folder, prints the table."""
         gc.collect()  # the model of the rehearsal
-        if self.settings["overwrite_output_dir"] and is_main_process():
-            clear_output_dir(self.args.output_dir)
+        if self.settings["overwrite_output_dir"]:
+            agreed(lambda: clear_output_dir(self.args.output_dir))
         results = {}
         if self.settings["compare"]:
             say("\n1 of 2: plain Trainer")
             results["plain"] = self._plain(build, datasets)
             say("\n2 of 2: L2-SP")
-        trainer = build(L2SPTrainer, self.args, datasets)
+        # Anew for each trainer: this resets what the one before left in accelerate, on which DeepSpeed insists.
+        trainer = build(L2SPTrainer, self.settings.build(L2SPTrainingArguments), datasets)
         name = "L2-SP" if self.l2sp_on else "lambda 0"
         results[name] = _train_and_score(trainer, datasets, self.checkpoint)
         card = self._save(trainer, results)
@@ -168,6 +141,8 @@ class Run:
         if self.l2sp_on:
             say("and l2sp_report.png, which shows how far each layer moved from the pretrained weights.")
         say(f'Use it: transformers.pipeline("{self.task}", model="{self.output_dir}")')
+        # The launcher ends all processes when one fails, be it in leaving: none leaves before the results are written.
+        trainer.accelerator.wait_for_everyone()
         if self.push:
             self._push(trainer, card)
 
@@ -190,6 +165,8 @@ class Run:
         card = {"finetuned_from": self.source.base_model, "license": self.source.licence}
         card |= {"tasks": self.task, "dataset": self.data}
         trainer.create_model_card(**card)
+        # Asked of every process: where the model is sharded, each of them knows a part.
+        report = trainer.l2sp_drift_report() if self.l2sp_on else None
         if not is_main_process():
             return card
         (*_, metrics) = results.values()
@@ -198,8 +175,7 @@ class Run:
             model = self.source.base_model or Path(self.source.path).name
             about = {"model": model, "data": self.data, "seed": self.args.seed, **self.about, "config": self._config()}
             write_json(self.output_dir / "comparison.json", comparison(results["plain"], metrics, **about))
-        if self.l2sp_on:
-            report = trainer.l2sp_drift_report()
+        if report is not None:
             report.save(self.output_dir / "l2sp_report.json")
             report.plot(self.output_dir / "l2sp_report.png")
         else:
@@ -257,13 +233,15 @@ def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str
     return metrics
 
 
-def header(title: str, source: ModelSource, parameters: int, rows: dict[str, int], labels: list[str]) -> str:
+def header(title: str, run: Run, parameters: int, rows: dict[str, int], labels: list[str]) -> str:
     """The few lines that a run begins with."""
-    return "\n".join(
-        [
-            title,
-            f"  model   {source.shown}, {parameters / 1e6:.1f}M parameters",
-            f"  data    {', '.join(f'{count} {split}' for split, count in rows.items())}",
-            f"  labels  {len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}",
-        ]
-    )
+    lines = [
+        title,
+        f"  model   {run.source.shown}, {parameters / 1e6:.1f}M parameters",
+        f"  data    {', '.join(f'{count} {split}' for split, count in rows.items())}",
+        f"  labels  {len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}",
+    ]
+    if run.args.world_size > 1:
+        batch = run.args.world_size * run.args.train_batch_size * run.args.gradient_accumulation_steps
+        lines.append(f"  launch  {run.args.world_size} processes on {run.args.device.type}, {batch} texts per step")
+    return "\n".join(lines)

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _recipe import Run, header, one_line_errors, say
+from _recipe import Run, header
 from _recipe_args import DataArguments, ModelArguments, RecipeParser, RecipeTrainingArguments
 from _recipe_data import check_data_arguments, label_order, load_splits, to_model_order, tokenize
+from _recipe_launch import loss_note, one_line_errors, say
 from _recipe_model import find_model, load_config, load_model, load_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     data = data_args.dataset_name or ("local" if data_args.train_file else "embedded clinical notes")
     about = {"shots": data_args.shots, "max_seq_length": data_args.max_seq_length}
     run = Run(settings, source, "text-classification", data, about)
-    splits, notes = load_splits(data_args, EMBEDDED_DATA, settings["seed"])
+    with run.args.main_process_first(desc="loading the data"):  # a dataset on the Hub is fetched once
+        splits, notes = load_splits(data_args, EMBEDDED_DATA, settings["seed"])
     config = load_config(source)
     names = to_model_order(label_order(splits["train"].labels), config)
     config = load_config(
@@ -95,10 +97,11 @@ def main(argv: list[str] | None = None) -> None:
 
     parameters = run.rehearse(build)
     rows = {split: len(part) for split, part in splits.items()}
-    say(header("Text classification", source, parameters, rows, names))
+    say(header("Text classification", run, parameters, rows, names))
     datasets, cut_note = tokenize(splits, names, tokenizer, data_args.max_seq_length)
-    for note in (*notes, *([cut_note] if cut_note else [])):
-        say(f"  note    {note}")
+    for note in (*notes, cut_note, loss_note(run.args, rows)):
+        if note is not None:
+            say(f"  note    {note}")
     run(build, datasets)
 
 

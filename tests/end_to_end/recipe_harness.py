@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
+CONFIGS = RECIPES / "configs" / "accelerate"
 WORDS = {"heart": "pulse valve aorta beat", "lung": "breath cough wheeze sputum", "skin": "rash itch mole blister"}
 FILLERS = "today the patient reports some more for two weeks".split()
 RESULTS = {
@@ -76,3 +81,27 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def results_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "all_results.json").read_text())
+
+
+def launch(config: str, *words: str, timeout: float = 300) -> tuple[int, str, str]:
+    """Runs `accelerate launch --config_file CONFIG WORDS`; exit code, standard output and standard error.
+
+    Args:
+        config: Name of a file in `recipes/configs/accelerate`, or `torchrun` for two processes started by torchrun.
+        words: The program and its arguments.
+        timeout: Seconds until the launch counts as hanging and all its processes are ended.
+    """
+    if config == "torchrun":
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    else:
+        command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", *command, *words]
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the launcher and what it started
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.returncode, out, err
