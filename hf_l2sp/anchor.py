@@ -310,6 +310,16 @@ class Anchor(Mapping[str, Tensor]):
         own = {n: v for n, v in self._values.items() if not self._lends(self.plan.entries[n])}
         return self._storage.nbytes(own)
 
+    def whereabouts(self) -> str:
+        """Where θ0 is and how much memory it takes, in a few words; empty where it is beside the model's weights."""
+        words = []
+        if self.backend.processes > 1:
+            how = "sharded" if self.backend.sharded else "whole"
+            words.append(f"on each of {self.backend.processes} processes, {how} ({self.backend.kind})")
+        if self._storage.offload != "none":
+            words.append({"cpu": "in the CPU's memory", "disk": "mapped from disk"}[self._storage.offload])
+        return f"θ0 {' and '.join(words)}: {self.nbytes / 2**20:.1f} MiB" if words else ""
+
     def norm(self, name: str) -> float:
         """‖θ0‖ of one parameter, all of it."""
         return math.sqrt(self._sums[name].squared)

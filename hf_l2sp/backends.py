@@ -61,6 +61,8 @@ NOTHING = Region(flat=slice(0, 0))
 class Backend:
     """Every rank holds every parameter and gradient: one process, DDP, DataParallel."""
 
+    # As users call it.
+    kind = "DDP"
     # Whether ranks hold different parts, so that sums have to be added up.
     sharded = False
     # Whether the parts exist only once `accelerator.prepare` has run.
@@ -70,6 +72,11 @@ class Backend:
 
     def __init__(self, accelerator: Any = None) -> None:
         self.accelerator = accelerator
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
 
     def prepared(self, model: nn.Module) -> bool:
         """Whether the bare model has its parts by now."""
@@ -199,7 +206,7 @@ class Backend:
 
     def writing(self) -> dict[str, Any]:
         """How the ranks share files of θ0: which part this one has, whether it writes, how to wait for the rest."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return {}
         part = (dist.get_rank(), dist.get_world_size()) if self.sharded else (0, 1)
         writes = self.sharded or self.accelerator.is_local_main_process
@@ -212,6 +219,7 @@ class Backend:
 class DTensorBackend(Backend):
     """FSDP2, tensor parallelism, `DistributedConfig`: parameters are DTensors, or plain and the same on all ranks."""
 
+    kind = "DTensor"
     sharded = True
 
     def local(self, parameter: Tensor) -> Tensor:
@@ -278,12 +286,16 @@ class _PreparedFSDP(Backend):
 class FSDP2Backend(_PreparedFSDP, DTensorBackend):
     """FSDP2 by accelerate: DTensors."""
 
+    kind = "FSDP2"
+
     def prepared(self, model: nn.Module) -> bool:
         return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 class FSDP1Backend(_PreparedFSDP):
     """FullyShardedDataParallel with original parameters: each is the flattened range that this rank holds."""
+
+    kind = "FSDP1"
 
     def __init__(self, accelerator: Any = None) -> None:
         super().__init__(accelerator)
@@ -341,6 +353,7 @@ class FSDP1Backend(_PreparedFSDP):
 class DeepSpeedBackend(Backend):
     """ZeRO-1, 2 and 3 and the bf16 optimizer, with and without offload: fp32 fragments and their gradients."""
 
+    kind = "DeepSpeed"
     sharded = True
     late = True
     steps_in_backward = True

@@ -37,12 +37,14 @@ def warn_if_head_ignores_item_count(
         return
     bare = unwrap(model)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    modes = [(module, module.training) for module in bare.modules()]
+    # A sharded model computes only through its wrapper; that of DDP is left alone, which counts forward passes.
+    probed = model if trainer.l2sp_anchor is not None and trainer.l2sp_anchor.backend.late else bare
+    modes = [(module, module.training) for module in probed.modules()]
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        bare.eval()
+        probed.eval()
         try:
-            one = parent(bare, dict(inputs), num_items_in_batch=count)
-            two = parent(bare, dict(inputs), num_items_in_batch=count * 2)
+            one = parent(probed, dict(inputs), num_items_in_batch=count)
+            two = parent(probed, dict(inputs), num_items_in_batch=count * 2)
         finally:
             for module, training in modes:
                 module.training = training

@@ -33,9 +33,9 @@ def check_launch(trainer: Any) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and (accelerator.num_processes == 1 or kind == DistributedType.NO):
         raise ValueError(
-            f"{started} processes were started (WORLD_SIZE={started}), but they are not connected: each would train on "
-            "its own, in the same folder. On the CPU pass use_cpu=True (--use_cpu), or set ACCELERATE_USE_CPU=true in "
-            "the environment of the launch."
+            f"{started} processes were started (WORLD_SIZE={started}), but they are not connected: each would train "
+            "on its own, in the same folder. On the CPU pass use_cpu=True (--use_cpu), or set ACCELERATE_USE_CPU=true "
+            "in the environment of the launch."
         )
     if kind == DistributedType.FSDP:
         _check_fsdp(trainer, accelerator.state.fsdp_plugin)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .streaming import Stager
+
 if TYPE_CHECKING:
     from .anchor import Anchor
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 # dot products of this length in float32 keep the relative error of the value below 1e-6
 # (recipes/benchmarks/speed.py).
 CHUNK = 1 << 18
+# On an accelerator each chunk costs a few kernel launches: 16 MiB, not measured yet.
+DEVICE_CHUNK = 1 << 22
 
 
 class Term(NamedTuple):
@@ -61,8 +65,9 @@ def penalty_pass(
 ) -> PenaltySums:
     """Adds coefficient · 2w(θ − θ0) to the gradients and returns the sums, reading every number once.
 
-    Works through one buffer of `CHUNK` elements: no autograd graph, no temporary of a parameter's size. The
-    difference is taken first, in float32 (float64 for float64 parameters): 2λθ − 2λθ0 would cancel near θ0.
+    Works through one buffer of `CHUNK` elements (`DEVICE_CHUNK` on an accelerator): no autograd graph, no temporary of
+    a parameter's size. The difference is taken first, in float32 (float64 for float64 parameters): 2λθ − 2λθ0 would
+    cancel near θ0.
 
     Args:
         terms: The summands.
@@ -76,36 +81,67 @@ def penalty_pass(
         The sums, float64 on the first term's device (float32 where the device has no float64).
     """
     gradient = gradient and coefficient != 0.0
+    pieces = [_Piece(index, *piece) for index, term in enumerate(terms) for piece in _pieces(term, gradient)]
+    stagers = _stagers(pieces)
     buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     plain: list[Tensor] = []
     weighted: list[Tensor] = []
-    owner: list[int] = []
-    for index, term in enumerate(terms):
-        theta = term.parameter.detach()
-        grad = _gradient(term) if gradient else theta
-        if term.rows is not None:
-            theta, grad = theta[: term.rows], grad[: term.rows]
+    for index, theta, anchor, weight, grad in pieces:
         dtype = torch.promote_types(theta.dtype, torch.float32)
-        per_element = term.weight if isinstance(term.weight, Tensor) else None
         scratch = buffers.setdefault((theta.device, dtype), [])
-        for theta_, anchor_, weight_, grad_ in _chunks(theta, term.anchor, per_element, grad):
-            difference = _difference(theta_, anchor_, _buffer(scratch, 0, theta_, dtype))
-            pull = difference
-            if weight_ is not None:
-                pull = torch.mul(difference, weight_, out=_buffer(scratch, 1, theta_, dtype))
-            flat = difference.view(-1)
-            plain.append(torch.dot(flat, flat))
-            if weight_ is not None:
-                weighted.append(torch.dot(flat, pull.view(-1)))
-            else:
-                weighted.append(plain[-1] if term.weight == 1.0 else plain[-1] * term.weight)
-            owner.append(index)
-            if gradient:
-                if grad_scale is not None:
-                    pull.mul_(grad_scale.to(pull.device))
-                scalar = 1.0 if weight_ is not None else float(term.weight)
-                grad_.add_(pull, alpha=2.0 * coefficient * scalar)
-    return _sums(terms, plain, weighted, owner)
+        if theta.device in stagers and _is_elsewhere(anchor, theta):
+            anchor = stagers[theta.device].take()
+        difference = _difference(theta, anchor, _buffer(scratch, 0, theta, dtype))
+        pull, scalar = difference, 1.0
+        if weight is not None:
+            pull = torch.mul(difference, weight, out=_buffer(scratch, 1, theta, dtype))
+        else:
+            scalar = float(terms[index].weight)
+        flat = difference.view(-1)
+        plain.append(torch.dot(flat, flat))
+        if weight is not None:
+            weighted.append(torch.dot(flat, pull.view(-1)))
+        else:
+            weighted.append(plain[-1] if scalar == 1.0 else plain[-1] * scalar)
+        if gradient:
+            if grad_scale is not None:
+                pull.mul_(grad_scale.to(pull.device))
+            grad.add_(pull, alpha=2.0 * coefficient * scalar)
+    return _sums(terms, plain, weighted, [piece.term for piece in pieces])
+
+
+class _Piece(NamedTuple):
+    """At most a chunk of one term; without a gradient to add to, `grad` is θ."""
+
+    term: int
+    theta: Tensor
+    anchor: Tensor | None
+    weight: Tensor | None
+    grad: Tensor
+
+
+def _pieces(term: Term, gradient: bool) -> Iterator[list[Any]]:
+    theta = term.parameter.detach()
+    grad = _gradient(term) if gradient else theta
+    if term.rows is not None:
+        theta, grad = theta[: term.rows], grad[: term.rows]
+    size = CHUNK if theta.device.type == "cpu" else DEVICE_CHUNK
+    return _chunks(size, theta, term.anchor, term.weight if isinstance(term.weight, Tensor) else None, grad)
+
+
+def _is_elsewhere(anchor: Tensor | None, theta: Tensor) -> bool:
+    return anchor is not None and anchor.device != theta.device
+
+
+def _stagers(pieces: Sequence[_Piece]) -> dict[torch.device, Stager]:
+    """By device, what brings the pieces of θ0 that are on the host."""
+    waiting: dict[torch.device, list[Tensor]] = {}
+    for piece in pieces:
+        if _is_elsewhere(piece.anchor, piece.theta):
+            assert piece.anchor is not None
+            waiting.setdefault(piece.theta.device, []).append(piece.anchor)
+    # Streams are those of accelerators like CUDA.
+    return {d: Stager(p, d) for d, p in waiting.items() if hasattr(torch.get_device_module(d), "Stream")}
 
 
 def _gradient(term: Term) -> Tensor:
@@ -133,8 +169,9 @@ def _sums(terms: Sequence[Term], plain: list[Tensor], weighted: list[Tensor], ow
 
 
 def _buffer(scratch: list[Tensor], slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    size = CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
     while len(scratch) <= slot:
-        scratch.append(torch.empty(CHUNK, dtype=dtype, device=like.device))
+        scratch.append(torch.empty(size, dtype=dtype, device=like.device))
     return scratch[slot][: like.numel()].view(like.shape)
 
 
@@ -147,23 +184,23 @@ def _difference(theta: Tensor, anchor: Tensor | None, out: Tensor) -> Tensor:
     return out.copy_(anchor, non_blocking=True).sub_(theta).neg_()
 
 
-def _chunks(*tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Aligned pieces of at most `CHUNK` elements of tensors of one shape; None stays None."""
+def _chunks(size: int, *tensors: Tensor | None) -> Iterator[list[Any]]:
+    """Aligned pieces of at most `size` elements of tensors of one shape; None stays None."""
     present = [t for t in tensors if t is not None]
     first = present[0]
     if first.numel() == 0:
         return
     if all(t.is_contiguous() for t in present):
         flat = [None if t is None else t.view(-1) for t in tensors]
-        for start in range(0, first.numel(), CHUNK):
-            yield [None if t is None else t[start : start + CHUNK] for t in flat]
-    elif first.numel() <= CHUNK:
+        for start in range(0, first.numel(), size):
+            yield [None if t is None else t[start : start + size] for t in flat]
+    elif first.numel() <= size:
         yield list(tensors)
-    elif first.numel() > CHUNK * first.shape[0]:  # a single row is too long
+    elif first.numel() > size * first.shape[0]:  # a single row is too long
         for row in range(first.shape[0]):
-            yield from _chunks(*(None if t is None else t[row] for t in tensors))
+            yield from _chunks(size, *(None if t is None else t[row] for t in tensors))
     else:
-        step = CHUNK * first.shape[0] // first.numel()
+        step = size * first.shape[0] // first.numel()
         for start in range(0, first.shape[0], step):
             yield [None if t is None else t[start : start + step] for t in tensors]
 

@@ -108,7 +108,8 @@ class L2SPMixin:
         assert self.l2sp_anchor is not None
         self.l2sp_anchor.require_own_memory()
         if self.is_world_process_zero():  # type: ignore[attr-defined]
-            logger.warning(self.l2sp_anchor.plan.summary())
+            parts = [self.l2sp_anchor.plan.summary(), self.l2sp_anchor.whereabouts()]
+            logger.warning("; ".join(part for part in parts if part))
 
     def _l2sp_check_against(self, checkpoint: str) -> None:
         assert self.l2sp_anchor is not None

@@ -13,8 +13,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from hf_l2sp import Anchor
-from hf_l2sp import identity
+from hf_l2sp import Anchor, identity
 from hf_l2sp.identity import EntrySums
 
 WORDS = "bert.embeddings.word_embeddings.weight"
