@@ -1,10 +1,11 @@
-# Everything runs in a virtual environment in .venv, made on first use.
+# Everything runs in a virtual environment in .venv, made on first use (test-floor: in .venv-floor).
 #   make demo                          set up and run the main job
 #   make test                          set up, lint, types, tests
 #   make demo TORCH='torch'            take another build of PyTorch than the pinned one
 #   make test VENV=/path/to/your/venv  use an environment of your own (a torch in it is kept)
 PYTHON ?= python3
 VENV ?= .venv
+FLOOR ?= .venv-floor
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 
@@ -12,16 +13,19 @@ BIN := $(VENV)/bin
 RUN := HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint style bench results clean
+.PHONY: help demo test test-distributed test-slow test-floor lint style bench results clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# PyTorch comes first and pinned: unpinned it is a CUDA build of several gigabytes on a machine without a GPU.
+comma := ,
+
+# Into the environment whose marker file is made. PyTorch comes first and pinned: unpinned it is a CUDA build of
+# several gigabytes on a machine without a GPU.
 define install
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[$(1)]"
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c "import torch" 2>/dev/null || $(@D)/bin/python -m pip install $(TORCH)
+	$(@D)/bin/python -m pip install -e ".[$(1)]" $(2)
 	touch $@
 endef
 
@@ -31,15 +35,34 @@ $(VENV)/.recipes: pyproject.toml
 $(VENV)/.dev: pyproject.toml
 	$(call install,dev)
 
+$(VENV)/.distributed: $(VENV)/.dev
+	$(call install,dev$(comma)deepspeed)
+
+# Every `>=` of pyproject.toml read as `==`, but for PyTorch, which is TORCH, and what builds the package. pyarrow is
+# the floor of datasets 3.0: later ones need NumPy 2 without saying so.
+$(FLOOR)/constraints.txt: pyproject.toml Makefile
+	mkdir -p $(@D)
+	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|setuptools)=' > $@
+	echo 'pyarrow==15.0.0' >> $@
+
+$(FLOOR)/.floor: $(FLOOR)/constraints.txt
+	$(call install,test,-c $<)
+
 demo: $(VENV)/.recipes ## Set up and run the main job: medical text classification, L2-SP beside plain fine-tuning
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/medical_textcls.py --compare --overwrite_output_dir $(DEMO_ARGS)
 
 test: lint ## Set up, lint, check types, run the tests (minutes)
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow and not distributed"
+
+test-distributed: $(VENV)/.distributed ## Run the tests that start several processes (DDP, FSDP, DeepSpeed; on the CPU)
+	$(RUN)/python -m pytest -m distributed
 
 test-slow: $(VENV)/.dev ## Run the tests that take longer
 	$(RUN)/python -m pytest -m slow
+
+test-floor: $(FLOOR)/.floor ## Set up the oldest versions that pyproject.toml allows (Python 3.10 or 3.11), run the core tests
+	HF_HUB_DISABLE_TELEMETRY=1 $(FLOOR)/bin/python -m pytest -m "not slow" --ignore tests/end_to_end --ignore tests/distributed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -62,4 +85,4 @@ results: $(VENV)/.dev ## Measure everything that the README reports, and write i
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

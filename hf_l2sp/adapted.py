@@ -54,6 +54,12 @@ class LowRankEntry:
             return "new"
         return "excluded" if self.excluded else "anchored"
 
+    def pulled_factors(self) -> list[Tensor]:
+        """The factors of all adapters, acting or not, that are pulled as soon as they are trained."""
+        if self.excluded or not self.pretrained:
+            return []
+        return [factor for product in self.adapted.products().values() for factor in product[:2]]
+
     @property
     def elements(self) -> int:
         """Numbers in the weight, or in its pretrained rows."""

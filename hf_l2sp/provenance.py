@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.utils import (
 from .adapter_checks import has_adapters
 from .backends import full_shape, whole_tensor
 from .naming import named_float_parameters, unwrap
+from .sentence import is_sentence_model, module_values, pretrained_parts
 
 logger = logging.get_logger(__name__)
 
@@ -57,13 +58,13 @@ def examine(model: nn.Module) -> Provenance:
     pins it). The mark does not survive `copy.deepcopy`, and transformers 4 loses it while loading; then names, shapes
     and values in the source's files decide. A model that was not loaded by `from_pretrained` has no new
     parameters: its initial state is its anchor. Where a module of one's own contains a loaded model, what is outside
-    of that is new.
+    of that is new; in a model of sentence-transformers, what its folder does not hold.
     """
     bare = unwrap(model)
     new: set[int] = set()
     rows: dict[int, int] = {}
     known: set[int] = set()
-    parts = list(_pretrained_parts(bare))
+    parts = [part for _, part in pretrained_parts(bare)]
     for part in parts:
         found = _examine_part(part)
         if found is not None:
@@ -73,22 +74,21 @@ def examine(model: nn.Module) -> Provenance:
     if not known:
         return Provenance()
     parameters = dict(named_float_parameters(bare))
+    # What PEFT wraps around a model has no weights of its own.
+    source, revision = source_of(parts[0] if has_adapters(bare) and len(parts) == 1 else bare)
+    if source is not None and is_sentence_model(bare):
+        outside = {n: p for n, p in parameters.items() if id(p) not in known}
+        for name, value in module_values(source, revision, outside).items():
+            here = whole_tensor(outside[name])
+            if value.shape == here.shape and torch.equal(value.to(here), here):
+                known.add(id(outside[name]))
     return Provenance(
         True,
         frozenset(n for n, p in parameters.items() if id(p) in new or id(p) not in known),
         {n: rows[id(p)] for n, p in parameters.items() if id(p) in rows},
-        # What PEFT wraps around a model has no weights of its own.
-        *source_of(parts[0] if has_adapters(bare) and len(parts) == 1 else bare),
+        source,
+        revision,
     )
-
-
-def _pretrained_parts(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The outermost transformers models in a module."""
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from _pretrained_parts(child)
 
 
 def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | None:
@@ -123,6 +123,9 @@ def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | No
 
 def source_of(bare: nn.Module) -> tuple[str | None, str | None]:
     """Hub id or absolute local path from which a model was loaded, and the commit of a Hub id."""
+    if is_sentence_model(bare):
+        # Its folder is that of the transformers model in it.
+        _, bare = next(pretrained_parts(bare))
     if not isinstance(bare, PreTrainedModel):
         return None, None
     name = getattr(bare, "name_or_path", None) or getattr(bare.config, "_name_or_path", None)

@@ -17,6 +17,7 @@ from .backends import loading_whole
 from .naming import canonical_name, named_float_parameters, unwrap
 from .plan import PlanEntry, build_plan
 from .provenance import Provenance, examine, is_vocabulary
+from .sentence import is_sentence_model, module_values, pretrained_parts
 
 
 class SourceWeights(NamedTuple):
@@ -36,8 +37,8 @@ def load_source(
     """Loads the values of a model's parameters from another checkpoint of its architecture.
 
     Args:
-        id_or_path: Hub id or local folder; for a model that is no `PreTrainedModel` a folder with
-            `model.safetensors`, or such a file.
+        id_or_path: Hub id or local folder; for a model that is neither a `PreTrainedModel` nor one of
+            sentence-transformers a folder with `model.safetensors`, or such a file.
         model: The model that will be trained.
         revision: Hub revision.
         exclude: Regular expressions of parameters for which no value is needed.
@@ -50,6 +51,8 @@ def load_source(
     bare = unwrap(model)
     if isinstance(bare, PreTrainedModel):
         found, commit = _load_pretrained(id_or_path, bare, revision)
+    elif is_sentence_model(bare):
+        found, commit = _load_sentence_model(id_or_path, bare, revision)
     else:
         found, commit = _load_safetensors(id_or_path), None
     handed = examine(bare) if handed is None else handed
@@ -91,9 +94,14 @@ def _is_required(bare: nn.Module, entry: PlanEntry) -> bool:
     """Whether a source without this parameter cannot be the model's θ0: all but heads, which are task-specific."""
     if not entry.can_be_anchored:
         return False
-    prefix = getattr(bare, "base_model_prefix", "")
-    has_base = bool(prefix) and hasattr(bare, prefix)
-    return entry.name.startswith(f"{prefix}.") if has_base else True
+    if not isinstance(bare, PreTrainedModel) and not is_sentence_model(bare):
+        return True
+    for at, part in pretrained_parts(bare):
+        prefix = part.base_model_prefix
+        has_base = bool(prefix) and hasattr(part, prefix)
+        if entry.name.startswith(f"{at}{prefix}." if has_base else at):
+            return True
+    return False
 
 
 def _matched(bare: nn.Module, entry: PlanEntry, value: Tensor) -> tuple[Tensor | None, int | None]:
@@ -101,11 +109,15 @@ def _matched(bare: nn.Module, entry: PlanEntry, value: Tensor) -> tuple[Tensor |
     shape = tuple(value.shape)
     if shape == entry.shape:
         return value, None
-    if shape[1:] != entry.shape[1:] or not is_vocabulary(bare, entry.parameter):
+    if shape[1:] != entry.shape[1:] or not _is_vocabulary(bare, entry.parameter):
         return None, None
     if shape[0] > entry.shape[0]:
         return value[: entry.shape[0]], None
     return value, shape[0]
+
+
+def _is_vocabulary(bare: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(is_vocabulary(part, parameter) for _, part in pretrained_parts(bare))
 
 
 def _load_pretrained(
@@ -139,6 +151,19 @@ def _load_pretrained(
     absent |= {canonical_name(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]}
     values = {name: p.detach() for name, p in named_float_parameters(loaded) if name not in absent}
     return values, getattr(loaded.config, "_commit_hash", None)
+
+
+def _load_sentence_model(
+    id_or_path: str, bare: nn.Module, revision: str | None
+) -> tuple[Mapping[str, Tensor], str | None]:
+    """Also from a folder with the transformers model alone, from which such a model can be made."""
+    found: dict[str, Tensor] = {}
+    commit = None
+    for prefix, part in pretrained_parts(bare):
+        values, commit = _load_pretrained(id_or_path, part, revision)
+        found.update({f"{prefix}{name}": value for name, value in values.items()})
+    others = [name for name, _ in named_float_parameters(bare) if name not in found]
+    return {**module_values(id_or_path, revision, others, cached=False), **found}, commit
 
 
 def _load_safetensors(path: str) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import fields
 from typing import Any
@@ -22,6 +23,7 @@ from .penalty import l2sp_penalty
 from .plan import Plan
 from .provenance import examine
 from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift, make_report
+from .sentence import is_sentence_model
 from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor, write_state
 from .strength import schedule_state, strength_at
 
@@ -162,10 +164,11 @@ class L2SPMixin:
             self._l2sp_last = self._l2sp_measure()  # later no other rank may be there to join in
         return result
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    # Sentence-transformers' trainer takes the folder only.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         if self._l2sp_on and (self.l2sp_anchor is None or not self.l2sp_anchor.backend.late):
             self._l2sp_prepare_anchor(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self._l2sp_on:
@@ -197,12 +200,14 @@ class L2SPMixin:
         # Without decay the groups stay as Trainer makes them, so that either loads the other's optimizer state.
         if not self._l2sp_on or self.l2sp_anchor is None or self.args.weight_decay == 0:
             return names
-        # A pull to zero would contradict the pull to θ0. An entry that is frozen now may be unfrozen later.
-        return [n for n in names if not self._l2sp_may_be_anchored(canonical_name(n))]
-
-    def _l2sp_may_be_anchored(self, name: str) -> bool:
-        entry = self.l2sp_anchor.plan.entries.get(name) if self.l2sp_anchor is not None else None
-        return entry is not None and entry.can_be_anchored
+        # A pull to zero would contradict the pull to θ0. An entry that is frozen now may be unfrozen later. Parameters
+        # are known by name, or by identity where the model is in another one: sentence-transformers' trainer asks
+        # about its loss, with the model in it.
+        pulled = {name: e.parameter for name, e in self.l2sp_anchor.plan.entries.items() if e.can_be_anchored}
+        ids = {id(parameter) for parameter in pulled.values()}
+        ids |= {id(factor) for entry in self.l2sp_anchor.plan.low_rank.values() for factor in entry.pulled_factors()}
+        inside = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
+        return [name for name in names if name not in inside and canonical_name(name) not in pulled]
 
     # --- the objective ----------------------------------------------------------------------------------------------
 
@@ -311,6 +316,8 @@ class L2SPMixin:
         if self._l2sp_on and self.l2sp_anchor is not None and self.l2sp_anchor.attached and self.args.should_save:
             write_state(output_dir if output_dir is not None else self.args.output_dir, self._l2sp_state())
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        if is_sentence_model(unwrap(self.model)):  # which writes a card into every folder that it is saved in
+            self._l2sp_complete_card(output_dir if output_dir is not None else self.args.output_dir)
 
     def _l2sp_state(self) -> dict[str, Any]:
         assert self.l2sp_anchor is not None
@@ -359,8 +366,13 @@ class L2SPMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if self._l2sp_on and self.l2sp_anchor is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
-            add_l2sp_section(self.args.output_dir, self.l2sp_drift_report())
+        self._l2sp_complete_card(self.args.output_dir)
+
+    def _l2sp_complete_card(self, folder: str) -> None:
+        if not self._l2sp_on or self.l2sp_anchor is None or not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        if os.path.isfile(os.path.join(folder, "README.md")):  # sentence-transformers goes on without one that failed
+            add_l2sp_section(folder, self.l2sp_drift_report())
 
 
 class L2SPTrainer(L2SPMixin, Trainer):

@@ -256,3 +256,12 @@ def test_refusals(tiny_bert_dir, classification_data, tmp_path):
     with pytest.raises(ValueError, match="its distance is known as a whole only"):
         name = base_name("base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight")
         Anchor.from_model(model, weights={name: torch.ones(32, 32)})
+
+
+def test_weight_decay_leaves_the_factors_alone(tiny_bert_dir, classification_data, tmp_path):
+    trainer = trained(
+        tiny_bert_dir, classification_data, tmp_path, config={"modules_to_save": ["classifier"]}, weight_decay=0.1
+    )
+    decayed = {n for g in trainer.optimizer.param_groups if g["weight_decay"] for n in map(id, g["params"])}
+    names = {name for name, p in trainer.model.named_parameters() if id(p) in decayed}
+    assert names == {"base_model.model.classifier.modules_to_save.default.weight"}  # new: nothing else pulls it
