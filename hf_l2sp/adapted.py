@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdaptedWeight, SavedCopy, base_name, lora_layers, saved_copies
+from .adapters import AdaptedWeight, SavedCopy, base_name, has_adapters, lora_layers, saved_copies
 from .backends import Backend, full_shape
 from .identity import tensor_sums
 from .lowrank import LowRank, Product, lowrank_pass, lowrank_squared
 from .naming import named_float_parameters
 from .penalty import PenaltySums
+
+# Parts of the names of what PEFT makes anew: factors of adapters and copies that it trains.
+_MADE = frozenset(
+    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "trainable_tokens_delta"}
+)
 
 
 @dataclass
@@ -122,8 +127,18 @@ def look_at(model: nn.Module) -> AdaptedModel:
     return AdaptedModel(parameters, copies, weights)
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own floating-point parameters by the names that they have without adapters.
+
+    What PEFT added is left out; of a trained copy and its original, the copy is.
+    """
+    if not has_adapters(model):
+        return dict(named_float_parameters(model))
+    return {base_name(name): p for name, p in named_float_parameters(model) if _MADE.isdisjoint(name.split("."))}
+
+
 def new_in_base(model: AdaptedModel, new: frozenset[str]) -> frozenset[str]:
-    """The names, without adapters, of what has no pretrained value; adapters and copies of modules are made anew.
+    """The names, without adapters, of what has no pretrained value; what PEFT made is no part of the base model.
 
     Args:
         model: The model.
@@ -131,8 +146,7 @@ def new_in_base(model: AdaptedModel, new: frozenset[str]) -> frozenset[str]:
     """
     if not model.copies and not model.weights:
         return new
-    made = ("lora_", "modules_to_save", "trainable_tokens_")
-    return frozenset(base_name(name) for name in new if not any(word in name for word in made))
+    return frozenset(base_name(name) for name in new if _MADE.isdisjoint(name.split(".")))
 
 
 def apply_low_rank(

@@ -22,6 +22,7 @@ from transformers.utils import (
     logging,
 )
 
+from .adapted import base_parameters
 from .adapter_checks import has_adapters
 from .backends import full_shape, whole_tensor
 from .naming import named_float_parameters, unwrap
@@ -93,7 +94,7 @@ def examine(model: nn.Module) -> Provenance:
 
 def _examine_part(part: PreTrainedModel) -> tuple[set[int], dict[int, int]] | None:
     """Ids of the new parameters, and pretrained rows by id of enlarged ones; None if it was not loaded at all."""
-    parameters = dict(named_float_parameters(part))
+    parameters = base_parameters(part)
     source, revision = source_of(part)
     files = SourceFiles.find(source, revision) if source else None
     vocabulary = {n for n, p in parameters.items() if is_vocabulary(part, p)}

@@ -34,17 +34,45 @@ def anchor_state(anchor: Anchor) -> dict[str, Any]:
     }
 
 
-def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """Writes the state file, whole or not at all."""
+def write_state(folder: str | os.PathLike[str], state: dict[str, Any], complete: bool = True) -> Path:
+    """Writes the state file, whole or not at all.
+
+    Args:
+        folder: Of the model or checkpoint; made if need be.
+        state: What to write.
+        complete: Whether everything else is in the folder already; if not, `mark_complete` says so later.
+    """
     from . import __version__
 
     path = Path(folder) / STATE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{STATE_NAME}.{os.getpid()}")
-    content = {"format_version": FORMAT_VERSION, "hf_l2sp_version": __version__, **state}
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    for stale in temporaries(folder):  # of a process that was killed while it wrote
+        stale.unlink(missing_ok=True)
+    _replace(path, {"format_version": FORMAT_VERSION, "hf_l2sp_version": __version__, "complete": complete, **state})
     return path
+
+
+def mark_complete(folder: str | os.PathLike[str]) -> None:
+    """Says in the state file of a folder that everything is there."""
+    path = Path(folder) / STATE_NAME
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["complete"] is not True:
+        _replace(path, {**content, "complete": True})
+
+
+def temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+    """State files of a folder that were never finished."""
+    return list(Path(folder).glob(f".{STATE_NAME}.*"))
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{STATE_NAME}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -62,7 +90,9 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
             raise _other_version(path, state)
         state["anchor"]["fingerprint"], state["anchor"]["source"], state["anchor"]["revision"]
         _recorded_sums(state)
-    except _OtherVersion:
+        if not isinstance(state.get("complete", True), bool):
+            raise TypeError(f"complete is {state['complete']!r}")
+    except OtherVersion:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -72,12 +102,12 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return state
 
 
-class _OtherVersion(ValueError):
-    pass
+class OtherVersion(ValueError):
+    """The state file is of a later format."""
 
 
-def _other_version(path: Path, state: dict[str, Any]) -> _OtherVersion:
-    return _OtherVersion(
+def _other_version(path: Path, state: dict[str, Any]) -> OtherVersion:
+    return OtherVersion(
         f"{path} has format version {state['format_version']!r}; this hf_l2sp reads {FORMAT_VERSION}. Install the "
         f"version that wrote it (hf_l2sp {state.get('hf_l2sp_version', 'unknown')})."
     )

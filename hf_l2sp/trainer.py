@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .anchor import Anchor
 from .args import L2SPArguments
 from .backends import Backend, make_backend
 from .card import add_l2sp_section
+from .checkpoints import checked_resume, checkpoint_written, model_written, output_folder_made
 from .heads import warn_if_head_ignores_item_count
 from .launch import check_launch
 from .naming import canonical_name, unwrap
@@ -24,7 +27,7 @@ from .plan import Plan
 from .provenance import examine
 from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift, make_report
 from .sentence import is_sentence_model
-from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor, write_state
+from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor
 from .strength import schedule_state, strength_at
 
 logger = logging.get_logger(__name__)
@@ -69,7 +72,10 @@ class L2SPMixin:
         # Of the window since the last log; on the device, so that no step waits for the host.
         self._l2sp_window: list[Tensor] = []
         self._l2sp_last: tuple[float, list[str], Tensor] | None = None
-        super().__init__(*args, **kwargs)
+        # The checkpoint that is being written: `_save_checkpoint` marks it, not `save_model`.
+        self._l2sp_saving: str | None = None
+        with output_folder_made(self):
+            super().__init__(*args, **kwargs)
 
     @property
     def l2sp_plan(self) -> Plan | None:
@@ -256,8 +262,15 @@ class L2SPMixin:
         # Set by the training loop before each micro-batch: true for the last one of a window, be it a short one.
         if not self.accelerator.sync_gradients:
             return loss
-        penalty = self._l2sp_stepped if backend.steps_in_backward else self._l2sp_add_penalty()
-        assert penalty is not None
+        if backend.steps_in_backward:
+            penalty, self._l2sp_stepped = self._l2sp_stepped, None
+        else:
+            penalty = self._l2sp_add_penalty()
+        if penalty is None:
+            raise RuntimeError(
+                "DeepSpeed took a step without L2-SP's penalty. Was the engine replaced during training? Let the "
+                "trainer make it."
+            )
         _trained_models.add(unwrap(self.model))
         # At least float32: a bfloat16 loss would swallow the penalty, which is counted once in the logged sum.
         dtype = torch.promote_types(loss.dtype, torch.float32)
@@ -285,7 +298,7 @@ class L2SPMixin:
         squared = self.l2sp_anchor.apply(0.0, gradient=False).squared
         return self._l2sp_strength(), self.l2sp_anchor.active_names(), squared
 
-    # --- logs, state file, report, card -----------------------------------------------------------------------------
+    # --- logs -------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._l2sp_window:
@@ -311,13 +324,55 @@ class L2SPMixin:
             logs.update({f"l2sp_drift/{name}": layer.drift for name, layer in layers.items()})
         return logs
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; resumes only from checkpoints that were written to their end.
+
+        Args:
+            resume_from_checkpoint: True: the last complete checkpoint in `output_dir`, with a warning that names
+                later ones whose writing was cut off. A path: that checkpoint, which must be complete.
+            args: As for `Trainer`.
+            kwargs: As for `Trainer`.
+
+        Raises:
+            OSError: Checkpoints are to be saved and `output_dir` cannot be written to, or a save has failed; training
+                can go on from the last complete checkpoint.
+            ValueError: There is no complete checkpoint to resume from, or it was trained against another θ0.
+        """
+        if self._l2sp_on:
+            resume_from_checkpoint = checked_resume(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._l2sp_on or self.l2sp_anchor is None or not self.l2sp_anchor.attached:
+            return super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        run: str = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
+        self._l2sp_saving = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            with checkpoint_written(self, self._l2sp_saving, self._l2sp_state()):
+                super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._l2sp_saving = None
+
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.save_model`; `l2sp_state.json` goes there first, and says at last that everything is there.
+
+        Raises:
+            OSError: The folder cannot be written; says why and what to do.
+        """
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        with self._l2sp_marking(folder):
+            super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+            if is_sentence_model(unwrap(self.model)):  # which writes a card into every folder that it is saved in
+                self._l2sp_complete_card(folder)
+
+    def _l2sp_marking(self, folder: str) -> AbstractContextManager[None]:
+        if not self._l2sp_on or folder == self._l2sp_saving:
+            return nullcontext()
         # Before the weights: a folder with trained weights then never lacks the record of their θ0.
-        if self._l2sp_on and self.l2sp_anchor is not None and self.l2sp_anchor.attached and self.args.should_save:
-            write_state(output_dir if output_dir is not None else self.args.output_dir, self._l2sp_state())
-        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if is_sentence_model(unwrap(self.model)):  # which writes a card into every folder that it is saved in
-            self._l2sp_complete_card(output_dir if output_dir is not None else self.args.output_dir)
+        known = self.l2sp_anchor is not None and self.l2sp_anchor.attached and self.args.should_save
+        return model_written(self, folder, self._l2sp_state() if known else None)
 
     def _l2sp_state(self) -> dict[str, Any]:
         assert self.l2sp_anchor is not None
@@ -334,6 +389,8 @@ class L2SPMixin:
             "exclude": self._l2sp_arg("l2sp_exclude"),
             "weights": self._l2sp_arg("l2sp_weights"),
         }
+
+    # --- report, card -----------------------------------------------------------------------------------------------
 
     def l2sp_drift_report(self) -> DriftReport:
         """How far the model is from θ0 now, per layer, and how it came there.

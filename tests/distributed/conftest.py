@@ -88,7 +88,7 @@ def single(tmp_path_factory) -> Launch:
 
 
 BACKENDS = ["ddp", "fsdp1", "fsdp2", "fsdp2-ram", "sharded-load", "zero0", "zero1", "zero2", "zero3"]
-BACKENDS += ["zero2-offload", "zero3-offload", "zero1-bf16", "zero2-bf16"]
+BACKENDS += ["zero2-offload", "zero3-offload", "zero1-bf16", "zero2-bf16", "zero3-bf16", "zero2-fp16"]
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

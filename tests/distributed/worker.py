@@ -63,7 +63,9 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero3": zero(3),
     "zero2-offload": zero(2, **CPU_OFFLOAD),
     "zero3-offload": zero(3, **CPU_OFFLOAD),
+    "zero2-fp16": zero(2, fp16={"enabled": True, "initial_scale_power": 10}) | {"fp16": True},
     "zero2-bf16": zero(2, bf16={"enabled": True}) | {"bf16": True},
+    "zero3-bf16": zero(3, bf16={"enabled": True}) | {"bf16": True},
     # The only way to DeepSpeed's bf16 optimizer.
     "zero1-bf16": zero(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) | {"bf16": True},
 }
@@ -72,6 +74,9 @@ if BACKEND.startswith(("fsdp", "zero")):
     as_if_on_gpu()
 if BACKEND.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 import torch.distributed as dist  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -147,7 +152,8 @@ def with_lora(model: PreTrainedModel) -> Any:
 
     config = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["pooler"], init_lora_weights="pissa")
     torch.manual_seed(5)
-    return get_peft_model(model, config)
+    # ZeRO-3 wants all trained weights in one dtype; PEFT would keep adapters of a bf16 model in float32.
+    return get_peft_model(model, config, autocast_adapter_dtype=BACKEND != "zero3-bf16")
 
 
 def data(rows: int) -> list[dict[str, torch.Tensor]]:
