@@ -40,7 +40,7 @@ def check_launch(trainer: Any) -> None:
     if kind == DistributedType.FSDP:
         _check_fsdp(trainer, accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
-        _check_deepspeed(accelerator.state.deepspeed_plugin)
+        _check_deepspeed(trainer, accelerator.state.deepspeed_plugin)
     name = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     for value in (name.lower(), optimizer):
@@ -61,12 +61,18 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
         )
 
 
-def _check_deepspeed(plugin: Any) -> None:
+def _check_deepspeed(trainer: Any, plugin: Any) -> None:
     config = plugin.deepspeed_config
     stage = plugin.zero_stage
     zero = config.get("zero_optimization", {})
     if any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
         raise _refusal("DeepSpeed's offload to NVMe", "Offload to the CPU")
+    optimizer = config.get("optimizer", {}).get("params", {}).get("weight_decay", 0)
+    if (trainer.args.weight_decay if optimizer == "auto" else optimizer) > 0:
+        raise _refusal(
+            "weight decay of an optimizer from DeepSpeed's config, which would pull anchored weights to zero as well",
+            "Take the optimizer out of that config, so that the trainer makes it from its own arguments",
+        )
     if stage == 0 and config.get("fp16", {}).get("enabled") in (True, "auto"):
         raise _refusal("DeepSpeed with fp16 and without ZeRO", "Set zero_stage: 1, or bf16")
 

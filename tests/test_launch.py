@@ -20,11 +20,17 @@ def _alone(monkeypatch):
 
 
 def trainer(
-    kind=DistributedType.NO, processes=1, optim="adamw_torch", optimizer=None, find_batch_size=False, **plugins
+    kind=DistributedType.NO,
+    processes=1,
+    optim="adamw_torch",
+    optimizer=None,
+    find_batch_size=False,
+    decay=0.0,
+    **plugins,
 ):
     return SimpleNamespace(
         accelerator=SimpleNamespace(distributed_type=kind, num_processes=processes, state=SimpleNamespace(**plugins)),
-        args=SimpleNamespace(optim=optim, auto_find_batch_size=find_batch_size),
+        args=SimpleNamespace(optim=optim, auto_find_batch_size=find_batch_size, weight_decay=decay),
         optimizer=optimizer,
     )
 
@@ -43,6 +49,10 @@ def offloaded(part, device):
     return deepspeed(3, zero_optimization={part: {"device": device}})
 
 
+def decaying(decay, of_trainer=0.0):
+    return deepspeed(2, optimizer={"params": {"weight_decay": decay}}) | {"decay": of_trainer}
+
+
 class Lomo:
     """Named like the optimizer."""
 
@@ -57,6 +67,11 @@ REFUSED = {
     "FSDP1 flat": (fsdp(1, original=False), r"FSDP1 with use_orig_params=false.*fsdp_use_orig_params: true"),
     "NVMe optimizer": (offloaded("offload_optimizer", "nvme"), r"DeepSpeed's offload to NVMe\. Offload to the CPU"),
     "NVMe parameters": (offloaded("offload_param", "nvme"), r"DeepSpeed's offload to NVMe\. Offload to the CPU"),
+    "decay of DeepSpeed": (
+        decaying(0.1),
+        r"weight decay of an optimizer from DeepSpeed's config.*Take the optimizer out",
+    ),
+    "decay through DeepSpeed": (decaying("auto", 0.1), r"weight decay of an optimizer from DeepSpeed's config.*"),
     "DeepSpeed fp16 alone": (
         deepspeed(0, fp16={"enabled": True}),
         r"DeepSpeed with fp16 and without ZeRO\. .*stage: 1",
@@ -85,6 +100,8 @@ SUPPORTED = {
     "FSDP2 has no flat form": fsdp(2, original=False),
     "ZeRO-2 fp16": deepspeed(2, fp16={"enabled": True}),
     "DeepSpeed bf16 alone": deepspeed(0, bf16={"enabled": True}),
+    "no decay of DeepSpeed": decaying("auto"),
+    "decay of the trainer": deepspeed(2) | {"decay": 0.1},
     "offload": offloaded("offload_optimizer", "cpu"),
     "optimizer": {"optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters())},
     "optim": {"optim": SimpleNamespace(value="adafactor")},
