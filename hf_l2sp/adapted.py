@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .adapters import AdaptedWeight, SavedCopy, base_name, has_adapters, lora_layers, saved_copies
 from .backends import Backend, full_shape
@@ -14,6 +16,8 @@ from .identity import tensor_sums
 from .lowrank import LowRank, Product, lowrank_pass, lowrank_squared
 from .naming import named_float_parameters
 from .penalty import PenaltySums
+
+logger = logging.get_logger(__name__)
 
 # Parts of the names of what PEFT makes anew: factors of adapters and copies that it trains.
 _MADE = frozenset(
@@ -113,16 +117,9 @@ def look_at(model: nn.Module) -> AdaptedModel:
     """
     weights = lora_layers(model)
     copies = {copy.name: copy for copy in saved_copies(model)}
-    if not weights and not copies:
-        return AdaptedModel(dict(named_float_parameters(model)), {}, [])
-    aside = {id(factor) for weight in weights for product in weight.products().values() for factor in product[:2]}
-    aside |= {id(weight.base) for weight in weights}
-    trained = {id(copy.parameter) for copy in copies.values()}
-    parameters: dict[str, nn.Parameter] = {}
-    for name, parameter in named_float_parameters(model):
-        short = base_name(name)
-        if id(parameter) not in aside and id(parameter) not in trained and short not in copies:
-            parameters[short] = parameter
+    adapted = {id(weight.base) for weight in weights}
+    own = base_parameters(model).items()
+    parameters = {name: p for name, p in own if id(p) not in adapted and name not in copies}
     parameters |= {name: copy.parameter for name, copy in copies.items()}
     return AdaptedModel(parameters, copies, weights)
 
@@ -130,7 +127,7 @@ def look_at(model: nn.Module) -> AdaptedModel:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own floating-point parameters by the names that they have without adapters.
 
-    What PEFT added is left out; of a trained copy and its original, the copy is.
+    What PEFT added is left out: factors, and trained copies beside their originals.
     """
     if not has_adapters(model):
         return dict(named_float_parameters(model))
@@ -172,6 +169,32 @@ def apply_low_rank(
     sums = torch.stack([value.to(squared[0]) for value in squared]) if squared else torch.zeros(0, dtype=torch.float64)
     weights = torch.tensor([entry.weight for entry in entries], dtype=sums.dtype, device=sums.device)
     return PenaltySums(sums * weights, sums)
+
+
+def warn_if_moved(entries: Sequence[LowRankEntry], backend: Backend) -> None:
+    """Tells of adapters that are away from θ0 where it is taken, before any training; all ranks must take part."""
+    moved: list[str] = []
+    total = 0.0
+    for entry in entries:
+        term = entry.term(backend)
+        squared = float(lowrank_squared(term))
+        # Starts with orthogonal B and A are at distance 0 but for the rounding of their numbers.
+        rounding = sum(
+            4.0 * torch.finfo(p.up.dtype).eps * abs(p.scale) * float(p.up.double().norm() * p.down.double().norm())
+            for p in term.products
+        )
+        if squared > rounding**2:
+            moved.append(entry.name)
+            total += squared
+    if not moved or not backend.is_main_process:
+        return
+    logger.warning(
+        f"The adapters of {len(moved)} weights (first {moved[0]}) are away from θ0 before training begins: distance "
+        f"{math.sqrt(total):.4g}. θ0 is the base model's own weight. That is right if they were trained before, or "
+        "start at random. It is wrong if the base weights are what a decomposition has left over (PiSSA, OLoRA, "
+        "LoftQ) and the adapter that belongs to them was saved with init_lora_weights=True, or "
+        "replace_lora_weights_loftq was called: then merge first (merge_and_unload) and add new adapters."
+    )
 
 
 def low_rank_penalty(entry: LowRankEntry, weight: float, backend: Backend) -> Tensor:

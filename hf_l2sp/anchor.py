@@ -6,23 +6,20 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .adapted import LowRankEntry, apply_low_rank, base_sums, look_at
+from .adapted import LowRankEntry, apply_low_rank, base_sums, look_at, warn_if_moved
 from .adapters import has_adapters
 from .backends import Backend
 from .identity import EntrySums, tensor_sums
-from .naming import unwrap
 from .penalty import PenaltySums, Term
 from .plan import Plan, PlanEntry, build_plan
-from .provenance import Provenance, SourceFiles, examine, source_of
-from .source import SourceWeights, load_source
-from .storage import Storage
+from .provenance import Provenance, examine
+from .source import SourceWeights, load_source, mapped_source
+from .storage import Storage, narrowed
 
 
 class Anchor(Mapping[str, Tensor]):
@@ -155,7 +152,7 @@ class Anchor(Mapping[str, Tensor]):
         backend = Backend() if backend is None else backend
         plan = build_plan(model, provenance, exclude, weights)
         plan.require_anchored()
-        mapped = _mapped_source(model, provenance, plan, backend) if offload == "disk" else None
+        mapped = mapped_source(model, provenance, plan, backend) if offload == "disk" else None
         storage = Storage(dtype, offload, folder=folder, mapped=mapped, **backend.writing())
         anchor = cls(plan, storage, source=provenance.source, revision=provenance.revision, backend=backend)
         if given is not None:
@@ -226,6 +223,7 @@ class Anchor(Mapping[str, Tensor]):
         for entry in entries:
             entry.take_starts(self.backend)
         self._store_sums([(e.name, e.shape) for e in entries], [base_sums(e.adapted, self.backend) for e in entries])
+        warn_if_moved(self.active_low_rank(), self.backend)
 
     def _local(self, entry: PlanEntry) -> Tensor:
         """What this rank holds of the pulled part of θ."""
@@ -276,7 +274,7 @@ class Anchor(Mapping[str, Tensor]):
         lent = {e.name: v for v, e in zip(values.values(), entries, strict=True) if self._lends(e)}
         # DeepSpeed trains an fp32 copy of bf16 weights, which begins as exactly these.
         narrow = {
-            e.name: _narrowed(v, e.parameter.dtype)
+            e.name: narrowed(v, e.parameter.dtype)
             for v, e in zip(values.values(), entries, strict=True)
             if e.name not in lent
         }
@@ -336,6 +334,22 @@ class Anchor(Mapping[str, Tensor]):
         """The weights whose adapters are pulled now."""
         return self.plan.low_rank_having("anchored")
 
+    def low_rank_for(self, model: nn.Module) -> list[LowRankEntry]:
+        """The weights whose adapters are pulled now, with the adapters of a model of the same kind.
+
+        Raises:
+            ValueError: The model lacks adapters that the anchor's own has.
+        """
+        found = {weight.name: weight for weight in look_at(model).weights}
+        entries = self.active_low_rank()
+        missing = [entry.name for entry in entries if entry.name not in found]
+        if missing:
+            raise ValueError(
+                f"The anchor knows adapters of {missing[0]} ({len(missing)} in all), which the model lacks; they "
+                "belong to different models, or the adapters were merged or unloaded."
+            )
+        return [replace(entry, adapted=found[entry.name]) for entry in entries]
+
     def active_names(self) -> list[str]:
         """Names of all that is pulled now, in the order of `apply`'s sums."""
         return [entry.name for entry in self.active()] + [entry.name for entry in self.active_low_rank()]
@@ -390,7 +404,7 @@ class Anchor(Mapping[str, Tensor]):
         ]
         low_rank = [
             (entry, plan.low_rank[entry.name].weight)
-            for entry in self.active_low_rank()
+            for entry in self.low_rank_for(model)
             if not plan.low_rank[entry.name].excluded
         ]
         return terms, new_terms, low_rank
@@ -440,34 +454,3 @@ class Anchor(Mapping[str, Tensor]):
         RuntimeError: A file from which θ0 is mapped was written in place since.
         """
         self._storage.require_unchanged()
-
-
-def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value in a narrower dtype, where that loses nothing."""
-    if torch.promote_types(value.dtype, dtype) != value.dtype or value.dtype == dtype:
-        return value
-    narrow = value.to(dtype)
-    return narrow if torch.equal(narrow.to(value.dtype), value) else value
-
-
-def _mapped_source(
-    model: nn.Module, provenance: Provenance, plan: Plan, backend: Backend
-) -> Callable[[str], tuple[Tensor, Path] | None] | None:
-    """`name -> this rank's part of the tensor, mapped from the file that θ0 comes from, and the file`."""
-    bare: Any = unwrap(model)
-    source, revision = provenance.source, provenance.revision
-    if source is None:
-        source, revision = source_of(bare)
-    files = SourceFiles.find(source, revision) if source and isinstance(bare, PreTrainedModel) else None
-    if files is None:
-        return None
-
-    def mapped(name: str) -> tuple[Tensor, Path] | None:
-        found = files.mapped(bare, name)
-        entry = plan.entries[name]
-        if found is None or found[0].dim() != len(entry.shape) or found[0].shape[1:] != entry.shape[1:]:
-            return None
-        stored, path = found
-        return backend.region(entry.parameter).cut(stored[: entry.rows] if entry.rows else stored), path
-
-    return mapped

@@ -78,6 +78,11 @@ class Backend:
         """How many processes train together."""
         return 1 if self.accelerator is None else int(self.accelerator.num_processes)
 
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that talks to the user."""
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
     def prepared(self, model: nn.Module) -> bool:
         """Whether the bare model has its parts by now."""
         return True
@@ -109,23 +114,23 @@ class Backend:
         """All of each parameter, detached, on every rank; meant for small ones."""
         if not self.sharded:
             return [parameter.detach() for parameter in parameters]
-        whole: list[Tensor] = []
-        parts: list[Tensor] = []
-        for parameter in parameters:
+        found: list[Tensor] = []
+        parts: dict[int, Tensor] = {}
+        for index, parameter in enumerate(parameters):
+            # What is no parameter (a buffer of PEFT) is never sharded.
+            found.append(self.local(parameter) if isinstance(parameter, nn.Parameter) else parameter)
             region = self.region(parameter) if isinstance(parameter, nn.Parameter) else WHOLE
-            if region is WHOLE:
-                whole.append(self.local(parameter) if isinstance(parameter, nn.Parameter) else parameter)
-                continue
-            local = self.local(parameter)
-            full = torch.zeros(self.shape(parameter), dtype=local.dtype, device=self.accelerator.device)
-            region.cut(full).copy_(local / self.copies(parameter))
-            whole.append(full)
-            parts.append(full)
+            if region is not WHOLE:
+                # In float64, a value of which three ranks give a third each comes back as it was.
+                part = torch.zeros(self.shape(parameter), dtype=torch.float64, device=self.accelerator.device)
+                region.cut(part).copy_(found[index].double() / self.copies(parameter))
+                parts[index] = part
         if parts:
-            moved = self.add_up(torch.cat([part.view(-1) for part in parts]))
-            for part, value in zip(parts, moved.split([part.numel() for part in parts]), strict=True):
-                part.view(-1).copy_(value)
-        return whole
+            summed = self.add_up(torch.cat([part.view(-1) for part in parts.values()]))
+            pieces = summed.split([part.numel() for part in parts.values()])
+            for (index, part), piece in zip(parts.items(), pieces, strict=True):
+                found[index] = piece.view(part.shape).to(found[index].dtype)
+        return found
 
     def add_to_gradients(self, pulls: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Adds this rank's part of whole gradients to those that the optimizer will read.
@@ -205,12 +210,17 @@ class Backend:
         return find()
 
     def writing(self) -> dict[str, Any]:
-        """How the ranks share files of θ0: which part this one has, whether it writes, how to wait for the rest."""
+        """How the ranks share files of θ0: part and rank of this one, whether it writes, how to wait for the rest."""
         if self.processes == 1:
             return {}
         part = (dist.get_rank(), dist.get_world_size()) if self.sharded else (0, 1)
         writes = self.sharded or self.accelerator.is_local_main_process
-        return {"part": part, "writes": writes, "wait": self.accelerator.wait_for_everyone}
+        return {
+            "part": part,
+            "rank": dist.get_rank(),
+            "writes": writes,
+            "wait": self.accelerator.wait_for_everyone,
+        }
 
     def before_step(self, callback: Callable[[], None]) -> None:
         """Calls back before each optimizer step that the engine takes within backward."""
@@ -233,15 +243,13 @@ class DTensorBackend(Backend):
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         if tuple(shape) != tuple(parameter._local_tensor.shape) or any(
-            "Strided" in str(p) for p in parameter.placements
+            "Strided" in type(p).__name__ for p in parameter.placements
         ):
             raise ValueError(
                 f"A parameter of shape {tuple(parameter.shape)} is spread as {parameter.placements}, from which no "
                 "contiguous part can be cut: l2sp_anchor, tensors in l2sp_weights and enlarged embeddings need "
                 "FSDP or tensor parallelism alone, not both."
             )
-        if 0 in shape:
-            return Region(block=(slice(0, 0),) * len(shape))
         return Region(block=tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True)))
 
     def copies(self, parameter: Tensor) -> int:

@@ -314,7 +314,10 @@ def _write_failure(error: BaseException) -> str | None:
         # The Hub's client tells of its failures by OSErrors too, which carry no number.
         network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
         return None if network or error.errno is None else str(error)
-    return str(error) if isinstance(error, Exception) and _WRITE_FAILURE.search(str(error)) else None
+    if not isinstance(error, Exception) or not _WRITE_FAILURE.search(str(error)):
+        return None
+    # PyTorch knows only that a file is shorter than it should be.
+    return f"a file cannot be written to its end ({error})" if "unexpected pos" in str(error) else str(error)
 
 
 def _free(folder: str) -> str:

@@ -132,7 +132,8 @@ class Plan:
             if low_rank:
                 names += f" + {len(low_rank)} by LoRA"
             parts.append(f"{len(entries)} {role} [{self.elements(role):,}]{names}")
-        enlarged = [e for e in self.having("anchored") if e.rows is not None]
+        pulled: list[PlanEntry | LowRankEntry] = [*self.having("anchored"), *self.low_rank_having("anchored")]
+        enlarged = [e for e in pulled if e.rows is not None]
         tail = "".join(f"; {e.name}: first {e.rows} of {e.shape[0]} rows" for e in enlarged)
         return "L2-SP parameters [elements]: " + ", ".join(parts) + tail
 
@@ -209,6 +210,9 @@ def _anchor_copy(entry: PlanEntry, model: AdaptedModel) -> None:
     copy = model.copies[entry.name]
     entry.original = copy.original
     if copy.rows is None or entry.rows is None:
+        return
+    if all(row >= entry.rows for row in copy.rows):  # added tokens alone
+        entry.pretrained, entry.rows = False, None
         return
     old = [row < entry.rows for row in copy.rows]
     if sorted(old, reverse=True) != old:

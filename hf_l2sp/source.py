@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .backends import loading_whole
+from .backends import Backend, loading_whole
 from .naming import canonical_name, named_float_parameters, unwrap
-from .plan import PlanEntry, build_plan
-from .provenance import Provenance, examine, is_vocabulary
+from .plan import Plan, PlanEntry, build_plan
+from .provenance import Provenance, SourceFiles, examine, is_vocabulary, source_of
 from .sentence import is_sentence_model, module_values, pretrained_parts
 
 
@@ -200,3 +201,27 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def mapped_source(
+    model: nn.Module, provenance: Provenance, plan: Plan, backend: Backend
+) -> Callable[[str], tuple[Tensor, Path] | None] | None:
+    """`name -> this rank's part of the tensor, mapped from the file that θ0 comes from, and the file`."""
+    bare: Any = unwrap(model)
+    source, revision = provenance.source, provenance.revision
+    if source is None:
+        source, revision = source_of(bare)
+    files = SourceFiles.find(source, revision) if source and isinstance(bare, PreTrainedModel) else None
+    if files is None:
+        return None
+
+    def mapped(name: str) -> tuple[Tensor, Path] | None:
+        found = files.mapped(bare, name)
+        entry = plan.entries[name]
+        if found is None or found[0].dim() != len(entry.shape) or found[0].shape[1:] != entry.shape[1:]:
+            return None
+        stored, path = found
+        leading = stored[: entry.pulled_shape[0]] if entry.shape else stored
+        return backend.region(entry.parameter).cut(leading), path
+
+    return mapped

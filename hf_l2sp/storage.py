@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ class Storage:
         folder: For `disk`: where values are written that no file of the model's source holds.
         mapped: For `disk`: `name -> tensor` mapped from the model's source and the path of its file, or None.
         part: For `disk`: this rank's number and the number of ranks that hold different parts.
+        rank: For `disk`: this process' number among all, of which several may write one file (one on each machine).
         writes: For `disk`: whether this process writes; the others of its part wait for the file.
         wait: For `disk`: returns when all processes have called it.
 
@@ -61,6 +63,7 @@ class Storage:
         folder: str | os.PathLike[str] | None = None,
         mapped: Callable[[str], tuple[Tensor, Path] | None] | None = None,
         part: tuple[int, int] = (0, 1),
+        rank: int = 0,
         writes: bool = True,
         wait: Callable[[], None] = lambda: None,
     ) -> None:
@@ -72,9 +75,10 @@ class Storage:
             raise ValueError("offload='disk' needs a folder for what the model's own files do not hold.")
         self.dtype = DTYPES[dtype]
         self.offload = offload
-        self._folder = Path(folder) if folder is not None else None
+        self._folder = Path(folder).absolute() if folder is not None else None
         self._mapped = mapped
         self._part = part
+        self._rank = rank
         self._writes = writes
         self._wait = wait
         self._files_written = 0
@@ -122,8 +126,13 @@ class Storage:
         number = f"-{self._files_written}" if self._files_written else ""
         of = f"-{rank + 1:05d}-of-{parts:05d}" if parts > 1 else ""
         path = self._folder / f"{FILE_STEM}{number}{of}.safetensors"
-        if self._writes and values and not _holds(path, values):
-            self._write(path, values)
+        if self._writes:
+            # Rank and not process: what a killed process has left is found again.
+            temporary = path.with_name(f"{path.name}.{self._rank}.tmp")
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if values and not _holds(path, values):
+                self._write(path, temporary, values)
         self._wait()
         if not values:
             return {}
@@ -133,16 +142,14 @@ class Storage:
             return {name: file.get_tensor(name) for name in values}
 
     @staticmethod
-    def _write(path: Path, values: Mapping[str, Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
-            stale.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    def _write(path: Path, temporary: Path, values: Mapping[str, Tensor]) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, temporary)
             os.replace(temporary, path)
         except Exception as error:  # OSError, or safetensors' own type for a full disk
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise OSError(
                 f"θ0 cannot be written to {path} ({error}). l2sp_anchor_offload='disk' keeps it in the output folder: "
                 "free some space or choose another output_dir, or set l2sp_anchor_offload to 'cpu' or 'none'."
@@ -165,7 +172,8 @@ class Storage:
 
 def _same_values(mapped: Tensor, value: Tensor) -> bool:
     """Whether a mapped tensor is θ0 exactly: a wider one that only rounds to it is not."""
-    if mapped.shape != value.shape:
+    # Nobody trains one-byte numbers: a file of them has scales of its own.
+    if mapped.shape != value.shape or mapped.dtype.itemsize == 1:
         return False
     dtype = torch.promote_types(mapped.dtype, value.dtype)
     return torch.equal(mapped.to(dtype), value.to(device="cpu", dtype=dtype))
@@ -184,3 +192,11 @@ def _holds(path: Path, values: Mapping[str, Tensor]) -> bool:
             return True
     except Exception:  # missing, or cut off by whatever killed its writer: it is written again
         return False
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value in a narrower dtype, where that loses nothing."""
+    if torch.promote_types(value.dtype, dtype) != value.dtype or value.dtype == dtype:
+        return value
+    narrow = value.to(dtype)
+    return narrow if torch.equal(narrow.to(value.dtype), value) else value

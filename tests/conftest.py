@@ -9,6 +9,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def _quick_and_quiet() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     set_seed(20180206)
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_accelerate_end_with_their_test() -> Iterator[None]:
+    """transformers 4 leaves bfloat16 and torch.compile in the environment, where later trainers take them up."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        if name.startswith("ACCELERATE_"):
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

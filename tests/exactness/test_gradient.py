@@ -180,6 +180,7 @@ def cases(tiny_bert_dir, tmp_path):
         "beta": Case(bert, {"beta": 0.7}, {"l2sp_beta": 0.7}),
         "other-anchor": Case(other_anchor, {"origin": origin}, {"l2sp_anchor": tiny_bert_dir}),
         "offload-cpu": Case(bert, arguments={"l2sp_anchor_offload": "cpu"}),
+        "offload-disk": Case(bert, arguments={"l2sp_anchor_offload": "disk"}),
         "anchor-bfloat16": Case(
             bert,
             {"origin": {n: t.to(torch.bfloat16) for n, t in origin.items()}},
@@ -200,8 +201,8 @@ def cases(tiny_bert_dir, tmp_path):
 CASES = """bert no-loss-kwargs label-smoothing compute-loss-func causal-lm tied-weights bf16-autocast bf16-weights
 float64
 grad-scaler model-init max-steps torch-compile gradient-checkpointing mismatched-head deepcopied not-from-pretrained
-foreign-module resized-embeddings excluded pattern-weights fisher-file beta other-anchor offload-cpu anchor-bfloat16
-linear cosine unfrozen-later""".split()
+foreign-module resized-embeddings excluded pattern-weights fisher-file beta other-anchor offload-cpu offload-disk
+anchor-bfloat16 linear cosine unfrozen-later""".split()
 
 
 def test_every_case_is_run(cases):

@@ -21,8 +21,8 @@ from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments, interpolate
 from .harness import snapshot
 
 WORKER = Path(__file__).with_name("training_worker.py")
-# accelerate before 1.15 shuffles the epoch that a run resumes in as if it were the first, so that plain Trainer resumes
-# bit for bit in the first epoch only, which has six steps here. Remove with the floor below 1.15.
+# accelerate before 1.15 shuffles the epoch that a run resumes in as if it were the first: plain Trainer resumes bit
+# for bit in the first epoch only, which has six steps here. Remove when 1.15 is the floor.
 KILLS = (5, 9) if is_accelerate_available("1.15") else (3, 5)
 
 
