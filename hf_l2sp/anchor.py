@@ -177,11 +177,13 @@ class Anchor(Mapping[str, Tensor]):
         values: dict[str, Tensor] = {}
         moved: dict[str, bool] = {}
         for name, entry in self.plan.entries.items():
-            local, region = self._local(entry), self.backend.region(entry.parameter)
+            local = self._local(entry)
+            # Asked only where something must be cut: not every layout has contiguous parts.
             if isinstance(entry.weight, Tensor):
-                entry.weight = region.cut(entry.weight).to(local.device, copy=True)
+                entry.weight = self.backend.region(entry.parameter).cut(entry.weight).to(local.device, copy=True)
             if name in given:
-                values[name] = region.cut(given[name].to(entry.parameter.dtype)).to(local)
+                whole = given[name].to(entry.parameter.dtype)
+                values[name] = self.backend.region(entry.parameter).cut(whole).to(local)
                 moved[name] = not torch.equal(values[name], local)
             elif entry.role == "anchored":
                 values[name] = self._original(entry, local)
@@ -212,7 +214,8 @@ class Anchor(Mapping[str, Tensor]):
         if entry.original is None:
             return local
         (whole,) = self.backend.gather([entry.original])
-        return self.backend.region(entry.parameter).cut(whole[: entry.rows]).to(local)
+        whole = whole if entry.rows is None else whole[: entry.rows]
+        return self.backend.region(entry.parameter).cut(whole).to(local)
 
     def _lends(self, entry: PlanEntry) -> bool:
         return entry.original is not None and not self.backend.sharded

@@ -247,8 +247,8 @@ class DTensorBackend(Backend):
         ):
             raise ValueError(
                 f"A parameter of shape {tuple(parameter.shape)} is spread as {parameter.placements}, from which no "
-                "contiguous part can be cut: l2sp_anchor, tensors in l2sp_weights and enlarged embeddings need "
-                "FSDP or tensor parallelism alone, not both."
+                "contiguous part can be cut: l2sp_anchor, l2sp_anchor_offload='disk', tensors in l2sp_weights, "
+                "adapters and enlarged embeddings need FSDP or tensor parallelism alone, not both."
             )
         return Region(block=tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True)))
 

@@ -1,44 +1,34 @@
-"""The trainers: where in a `Trainer`'s life the anchor is taken, the penalty added and everything reported."""
+"""The trainers: where in a `Trainer`'s life the anchor is taken and the penalty added."""
 
 from __future__ import annotations
 
-import os
 import weakref
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .anchor import Anchor
-from .args import L2SPArguments
 from .backends import Backend, make_backend
-from .card import add_l2sp_section
-from .checkpoints import checked_resume, checkpoint_written, model_written, output_folder_made
+from .checkpoints import output_folder_made
 from .heads import warn_if_head_ignores_item_count
 from .launch import check_launch
 from .naming import canonical_name, unwrap
+from .outputs import L2SPOutputs
 from .penalty import l2sp_penalty
 from .plan import Plan
 from .provenance import examine
-from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift, make_report
-from .sentence import is_sentence_model
-from .state import STATE_NAME, anchor_state, check_fingerprint, entry_names, read_state, recorded_anchor
-from .strength import schedule_state, strength_at
+from .state import STATE_NAME, check_fingerprint, entry_names, read_state, recorded_anchor
 
 logger = logging.get_logger(__name__)
-
-_DEFAULTS = {f.name: f.default for f in fields(L2SPArguments)}
 
 # Models whose weights an L2SPTrainer has changed in this process: a second trainer cannot see it otherwise.
 _trained_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class L2SPMixin:
+class L2SPMixin(L2SPOutputs):
     """Adds λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the objective of any `transformers.Trainer`; put it first.
 
     `class MySFT(L2SPMixin, SFTTrainer)`, with arguments from `class MyConfig(L2SPArguments, SFTConfig)`; plain
@@ -54,13 +44,6 @@ class L2SPMixin:
     Attributes:
         l2sp_anchor (`Anchor` or `None`): θ0; None before training starts and with `l2sp_lambda` 0.
     """
-
-    # Set by the trainer that follows in the bases.
-    args: Any
-    model: Any
-    accelerator: Any
-    state: Any
-    is_in_train: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.l2sp_anchor: Anchor | None = None
@@ -81,22 +64,6 @@ class L2SPMixin:
     def l2sp_plan(self) -> Plan | None:
         """Which parameter is anchored, new, frozen or excluded; None before training starts."""
         return None if self.l2sp_anchor is None else self.l2sp_anchor.plan
-
-    def _l2sp_arg(self, name: str) -> Any:
-        return getattr(self.args, name, _DEFAULTS[name])
-
-    @property
-    def _l2sp_on(self) -> bool:
-        return self._l2sp_arg("l2sp_lambda") > 0
-
-    def _l2sp_strength(self) -> float:
-        # Read anew each time: hyperparameter search and callbacks set the argument while the trainer lives.
-        return strength_at(
-            self._l2sp_arg("l2sp_schedule"),
-            float(self._l2sp_arg("l2sp_lambda")),
-            self.state.global_step,
-            self.state.max_steps or 0,
-        )
 
     # --- the anchor -------------------------------------------------------------------------------------------------
 
@@ -297,139 +264,6 @@ class L2SPMixin:
         assert self.l2sp_anchor is not None
         squared = self.l2sp_anchor.apply(0.0, gradient=False).squared
         return self._l2sp_strength(), self.l2sp_anchor.active_names(), squared
-
-    # --- logs -------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._l2sp_window:
-            logs.update(self._l2sp_logs(float(logs["loss"])))
-            self._l2sp_window = []
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-    def _l2sp_logs(self, loss: float) -> dict[str, float]:
-        """The penalty averaged over the window, as the loss is; the distances and λ of its last step."""
-        assert self.l2sp_anchor is not None and self._l2sp_last is not None
-        self.l2sp_anchor.require_unchanged()
-        penalty = float(torch.stack(self._l2sp_window).mean())
-        strength, names, squared = self._l2sp_last
-        total, layers = layer_drift(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
-        logs = {
-            "task_loss": loss - penalty,
-            "l2sp_penalty": penalty,
-            "l2sp_distance": total.distance,
-            "l2sp_drift": total.drift,
-            "l2sp_lambda": strength,
-        }
-        if self._l2sp_arg("l2sp_log_layers"):
-            logs.update({f"l2sp_drift/{name}": layer.drift for name, layer in layers.items()})
-        return logs
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; resumes only from checkpoints that were written to their end.
-
-        Args:
-            resume_from_checkpoint: True: the last complete checkpoint in `output_dir`, with a warning that names
-                later ones whose writing was cut off. A path: that checkpoint, which must be complete.
-            args: As for `Trainer`.
-            kwargs: As for `Trainer`.
-
-        Raises:
-            OSError: Checkpoints are to be saved and `output_dir` cannot be written to, or a save has failed; training
-                can go on from the last complete checkpoint.
-            ValueError: There is no complete checkpoint to resume from, or it was trained against another θ0.
-        """
-        if self._l2sp_on:
-            resume_from_checkpoint = checked_resume(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._l2sp_on or self.l2sp_anchor is None or not self.l2sp_anchor.attached:
-            return super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-        run: str = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
-        self._l2sp_saving = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        try:
-            with checkpoint_written(self, self._l2sp_saving, self._l2sp_state()):
-                super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._l2sp_saving = None
-
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.save_model`; `l2sp_state.json` goes there first, and says at last that everything is there.
-
-        Raises:
-            OSError: The folder cannot be written; says why and what to do.
-        """
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        with self._l2sp_marking(folder):
-            super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-            if is_sentence_model(unwrap(self.model)):  # which writes a card into every folder that it is saved in
-                self._l2sp_complete_card(folder)
-
-    def _l2sp_marking(self, folder: str) -> AbstractContextManager[None]:
-        if not self._l2sp_on or folder == self._l2sp_saving:
-            return nullcontext()
-        # Before the weights: a folder with trained weights then never lacks the record of their θ0.
-        known = self.l2sp_anchor is not None and self.l2sp_anchor.attached and self.args.should_save
-        return model_written(self, folder, self._l2sp_state() if known else None)
-
-    def _l2sp_state(self) -> dict[str, Any]:
-        assert self.l2sp_anchor is not None
-        return {
-            "anchor": anchor_state(self.l2sp_anchor),
-            "strength": schedule_state(
-                self._l2sp_arg("l2sp_schedule"),
-                float(self._l2sp_arg("l2sp_lambda")),
-                self.state.global_step,
-                self.state.max_steps or 0,
-            ),
-            "mode": self._l2sp_arg("l2sp_mode"),
-            "beta": float(self._l2sp_arg("l2sp_beta")),
-            "exclude": self._l2sp_arg("l2sp_exclude"),
-            "weights": self._l2sp_arg("l2sp_weights"),
-        }
-
-    # --- report, card -----------------------------------------------------------------------------------------------
-
-    def l2sp_drift_report(self) -> DriftReport:
-        """How far the model is from θ0 now, per layer, and how it came there.
-
-        Where the model is sharded, this rank cannot look at all of it: there it is the distance at the end of
-        training, or during training that at the beginning of the last step.
-
-        Raises:
-            ValueError: There is no anchor: training has not started, or `l2sp_lambda` is 0.
-        """
-        if self.l2sp_anchor is None:
-            raise ValueError(
-                "There is no anchor to measure the drift from: call train() first, with l2sp_lambda > 0 (it is "
-                f"{self._l2sp_arg('l2sp_lambda')}), or use drift_report(model, anchor)."
-            )
-        if self.l2sp_anchor.backend.sharded and self._l2sp_last is not None:
-            _, names, squared = self._l2sp_last
-            report = make_report(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
-        else:
-            report = drift_report(self.model, self.l2sp_anchor)
-        report.settings = {
-            name: self._l2sp_arg(f"l2sp_{name}") for name in ("lambda", "schedule", "mode", "beta", "exclude")
-        }
-        report.history = [
-            {key: entry[key] for key in HISTORY_KEYS if key in entry}
-            for entry in self.state.log_history
-            if "task_loss" in entry
-        ]
-        return report
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        self._l2sp_complete_card(self.args.output_dir)
-
-    def _l2sp_complete_card(self, folder: str) -> None:
-        if not self._l2sp_on or self.l2sp_anchor is None or not self.is_world_process_zero():  # type: ignore[attr-defined]
-            return
-        if os.path.isfile(os.path.join(folder, "README.md")):  # sentence-transformers goes on without one that failed
-            add_l2sp_section(folder, self.l2sp_drift_report())
 
 
 class L2SPTrainer(L2SPMixin, Trainer):
