@@ -62,7 +62,7 @@ test-slow: $(VENV)/.dev ## Run the tests that take longer
 	$(RUN)/python -m pytest -m slow
 
 test-floor: $(FLOOR)/.floor ## Set up the oldest versions that pyproject.toml allows (Python 3.10 or 3.11), run the core tests
-	HF_HUB_DISABLE_TELEMETRY=1 $(FLOOR)/bin/python -m pytest -m "not slow" --ignore tests/end_to_end --ignore tests/distributed
+	HF_HUB_DISABLE_TELEMETRY=1 $(FLOOR)/bin/python -m pytest -m "not slow and not distributed" --ignore tests/end_to_end
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

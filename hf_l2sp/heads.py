@@ -28,7 +28,9 @@ def warn_if_head_ignores_item_count(
     if getattr(trainer, "_l2sp_head_checked", False):
         return
     count = kwargs.get("num_items_in_batch")
-    windows = trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    # Of DataParallel, too: Trainer multiplies the mean over its devices by their number.
+    processes = trainer.accelerator.num_processes * max(1, trainer.args.n_gpu)
+    windows = trainer.args.gradient_accumulation_steps * processes
     if count is None or windows <= 1:
         return
     trainer._l2sp_head_checked = True
@@ -48,7 +50,8 @@ def warn_if_head_ignores_item_count(
         finally:
             for module, training in modes:
                 module.training = training
-    if not bool(torch.isfinite(one)) or float(one) == 0.0 or not torch.equal(one, two):
+    # Under DataParallel there is a count for each device, and so a loss.
+    if not bool(torch.isfinite(one).all()) or not bool(one.any()) or not torch.equal(one, two):
         return
     if trainer.is_world_process_zero():
         what = "compute_loss_func" if trainer.compute_loss_func is not None else type(bare).__name__
@@ -60,6 +63,6 @@ def warn_if_head_ignores_item_count(
         logger.warning(
             f"{what} ignores num_items_in_batch, so the task gradient is {windows} times too large with "
             f"gradient_accumulation_steps={trainer.args.gradient_accumulation_steps} on "
-            f"{trainer.accelerator.num_processes} process(es) (transformers issue 47688), and the L2-SP penalty "
+            f"{processes} process(es) (transformers issue 47688), and the L2-SP penalty "
             f"weighs {windows} times less against it. {cure}."
         )

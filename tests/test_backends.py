@@ -280,6 +280,8 @@ def test_parts_of_the_penalty_add_up(process_group, mesh, placements, rows):
         region = backend.region(parameter)
         own = None if rows is None else region.leading(rows, (5, 3))
         term = Term(parameter, region.cut(anchor[:rows]), region.cut(weight[:rows]), own)
+        for measured in (backend.apply([term], 0.0), backend.apply([term], 0.3, gradient=False)):
+            assert parameter.grad is None and measured.squared.shape == (1,)
         found = backend.apply([term, Term(other, None)], 0.3)
         sums += torch.stack([found.weighted, found.squared])
         assert isinstance(parameter.grad, DTensor) and parameter.grad.placements == parameter.placements
@@ -309,8 +311,13 @@ def test_interleaved_rows_are_refused_only_where_a_part_must_be_cut(process_grou
         parameter = nn.Parameter(DTensor.from_local(local, mesh_of((2, 2)), placements, run_check=False))
         backend = DTensorBackend(accelerator())
         assert backend.copies(parameter) == 1 and torch.equal(backend.local(parameter), local)
-        with pytest.raises(ValueError, match=r"\(8, 3\) is spread as .*l2sp_anchor, tensors in l2sp_weights"):
+        with pytest.raises(ValueError, match=r"\(8, 3\) is spread as .*need FSDP or tensor parallelism alone"):
             backend.region(parameter)
+        net = nn.Linear(3, 8, bias=False)
+        net.weight = parameter
+        assert torch.equal(Anchor.from_model(net, backend=backend)["weight"], local)
+        with pytest.raises(ValueError, match=r"is spread as"):
+            Anchor.from_model(net, backend=backend, weights={"weight": torch.ones(8, 3)})
 
 
 def test_parts_of_flattened_parameters(process_group):
@@ -358,12 +365,12 @@ def test_total_counts_copies_once(process_group):
 
 
 def test_across_ranks_changes_the_value_and_not_the_gradient(process_group, monkeypatch):
-    monkeypatch.setattr(backends.dist, "all_reduce", lambda values: values.add_(10.0))
+    monkeypatch.setattr(backends.dist, "all_reduce", lambda values: values.mul_(5.0))
     for _ in each_rank(2):
         value = torch.tensor(2.0, requires_grad=True)
         total = DTensorBackend(accelerator()).across_ranks(value * 3.0)
         total.backward()
-        assert total.item() == 16.0 and float(value.grad) == 3.0
+        assert total.item() == 30.0 and float(value.grad) == 3.0
 
 
 def test_ranks_share_files(process_group):
