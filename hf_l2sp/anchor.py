@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .adapted import LowRankEntry, apply_low_rank, base_sums, look_at, warn_if_moved
 from .adapters import has_adapters
@@ -20,6 +21,8 @@ from .plan import Plan, PlanEntry, build_plan
 from .provenance import Provenance, examine
 from .source import SourceWeights, load_source, mapped_source
 from .storage import Storage, narrowed
+
+logger = logging.get_logger(__name__)
 
 
 class Anchor(Mapping[str, Tensor]):
@@ -85,7 +88,7 @@ class Anchor(Mapping[str, Tensor]):
                 by `attach`.
 
         Raises:
-            ValueError: Nothing trainable has a pretrained value, θ0 holds NaN or inf, or weights do not match.
+            ValueError: Nothing trainable has a pretrained value, or weights do not match.
         """
         provenance = examine(model) if provenance is None else provenance
         return cls._make(model, provenance, exclude, weights, dtype, offload, offload_folder, backend)
@@ -168,7 +171,7 @@ class Anchor(Mapping[str, Tensor]):
             model: The model, wrapped or not.
 
         Raises:
-            ValueError: θ0 holds NaN or inf, or sharding has hidden parameters.
+            ValueError: Sharding has hidden parameters.
         """
         self.backend.attach(model)
         if self.backend.late:
@@ -225,7 +228,7 @@ class Anchor(Mapping[str, Tensor]):
         entries = [entry for entry in self.plan.low_rank.values() if entry.pretrained and not entry.excluded]
         for entry in entries:
             entry.take_starts(self.backend)
-        self._store_sums([(e.name, e.shape) for e in entries], [base_sums(e.adapted, self.backend) for e in entries])
+        self._store_sums([(e, e.shape) for e in entries], [base_sums(e.adapted, self.backend) for e in entries])
         warn_if_moved(self.active_low_rank(), self.backend)
 
     def _local(self, entry: PlanEntry) -> Tensor:
@@ -269,10 +272,12 @@ class Anchor(Mapping[str, Tensor]):
     def _store(self, values: Mapping[str, Tensor]) -> None:
         """Keeps copies of values, each of them this rank's part, and the identities of the whole tensors."""
         entries = [self.plan.entries[name] for name in values]
-        self._store_sums(
-            [(entry.name, entry.pulled_shape) for entry in entries],
-            [tensor_sums(v) / self.backend.copies(e.parameter) for v, e in zip(values.values(), entries, strict=True)],
-        )
+        shares = [
+            tensor_sums(v) / self.backend.copies(e.parameter) for v, e in zip(values.values(), entries, strict=True)
+        ]
+        self._store_sums([(entry, entry.pulled_shape) for entry in entries], shares)
+        entries = [entry for entry in entries if not entry.excluded]
+        values = {entry.name: values[entry.name] for entry in entries}
         # A frozen original beside its trained copy need not be copied once more.
         lent = {e.name: v for v, e in zip(values.values(), entries, strict=True) if self._lends(e)}
         # DeepSpeed trains an fp32 copy of bf16 weights, which begins as exactly these.
@@ -284,15 +289,24 @@ class Anchor(Mapping[str, Tensor]):
         self._values.update(self._storage.keep(narrow))
         self._values.update(lent)
 
-    def _store_sums(self, tensors: Sequence[tuple[str, tuple[int, ...]]], shares: Sequence[Tensor]) -> None:
+    def _store_sums(
+        self, tensors: Sequence[tuple[PlanEntry | LowRankEntry, tuple[int, ...]]], shares: Sequence[Tensor]
+    ) -> None:
+        """Identities of whole tensors from the sums over their parts; what has no distance is excluded."""
         totals = self.backend.add_up(torch.stack([share.cpu() for share in shares])).tolist() if shares else []
-        for (name, shape), (total, squared) in zip(tensors, totals, strict=True):
-            if not math.isfinite(squared):
-                raise ValueError(
-                    f"θ0 of {name} holds NaN or inf (or values whose squares overflow), so no distance to it is "
-                    "defined. Load an intact pretrained model, or take the parameter out with l2sp_exclude."
-                )
-            self._sums[name] = EntrySums(shape, total, squared)
+        broken = []
+        for (entry, shape), (total, squared) in zip(tensors, totals, strict=True):
+            if math.isfinite(squared):
+                self._sums[entry.name] = EntrySums(shape, total, squared)
+            else:
+                entry.excluded = True
+                broken.append(entry.name)
+        if broken and self.backend.is_main_process:
+            logger.warning(
+                f"θ0 of {', '.join(broken[:3])} ({len(broken)} in all) holds NaN or inf, or values whose squares "
+                "overflow, so no distance to it is defined: it is not pulled. Load an intact pretrained model, or "
+                "take it out with l2sp_exclude."
+            )
 
     @property
     def sums(self) -> Mapping[str, EntrySums]:

@@ -15,6 +15,7 @@ from transformers import (
 
 from hf_l2sp import Anchor, identity
 from hf_l2sp.identity import EntrySums
+from hf_l2sp.penalty import penalty_pass
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 
@@ -110,19 +111,33 @@ def test_nothing_trainable(net):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_broken_values_are_refused(net, bad):
+def test_broken_values_are_not_pulled_and_told_of(net, bad, warnings_of_library):
     net[1].weight.data[1, 2] = bad
-    with pytest.raises(ValueError, match=r"θ0 of 1\.weight holds NaN or inf .*l2sp_exclude"):
-        Anchor.from_model(net)
-    Anchor.from_model(net, exclude=[r"1\.weight"])
+    anchor = Anchor.from_model(net)
+    assert set(anchor) == {"0.weight", "0.bias", "1.bias"} and anchor.plan.entries["1.weight"].role == "excluded"
+    (message,) = warnings_of_library
+    assert message.startswith("θ0 of 1.weight (1 in all) holds NaN or inf") and "l2sp_exclude" in message
+    sums = penalty_pass(anchor.terms(), 1.0)
+    assert float(sums.total) == 0.0 and net[1].weight.grad is None
+
+    warnings_of_library.clear()
+    assert set(Anchor.from_model(net, exclude=[r"1\.weight"])) == set(anchor)
     net[1].weight.requires_grad_(False)
     Anchor.from_model(net)
+    assert not warnings_of_library
 
 
-def test_values_whose_squares_overflow_are_refused(net):
+def test_values_whose_squares_overflow_are_not_pulled(net, warnings_of_library):
     net.double()[0].bias.data[0] = 1e200
-    with pytest.raises(ValueError, match=r"θ0 of 0\.bias holds NaN or inf \(or values whose squares overflow\)"):
-        Anchor.from_model(net)
+    assert "0.bias" not in Anchor.from_model(net)
+    assert "values whose squares overflow" in warnings_of_library[0]
+
+
+def test_a_model_of_nan_alone_can_be_trained_as_with_the_plain_trainer(net):
+    for parameter in net.parameters():
+        parameter.data.fill_(math.nan)
+    anchor = Anchor.from_model(net)
+    assert not anchor.terms() and float(anchor.apply(0.1).total) == 0.0
 
 
 def test_what_is_unfrozen_later_joins_with_its_value_until_then(net):

@@ -63,7 +63,27 @@ def clinical_notes() -> str:
     return "\n".join(table)
 
 
-SECTIONS = {"main_job": main_job, "speed": speed, "memory": memory, "clinical_notes": clinical_notes}
+def upstream_tests() -> str:
+    runs = []
+    for version, found in read_results("upstream_tests.json").items():
+        passed = {name: counts["passed"] for name, counts in found["counts"].items()}
+        lost = {name: len(tests) for name, tests in found["pass_with_trainer_only"].items()}
+        kept = ", ".join(f"{passed[name]} with {name} ({lost[name]} lost)" for name in lost)
+        runs.append(f"{version}: {passed['Trainer']} pass with `Trainer`, {kept}")
+    return (
+        "Hugging Face's own tests of `Trainer`, run with `L2SPTrainer` in its place (one process, CPU, offline): "
+        + "; ".join(runs)
+        + ". Names and causes are in [results/upstream_tests.json](recipes/benchmarks/results/upstream_tests.json)."
+    )
+
+
+SECTIONS = {
+    "main_job": main_job,
+    "speed": speed,
+    "memory": memory,
+    "clinical_notes": clinical_notes,
+    "upstream_tests": upstream_tests,
+}
 
 
 def filled(text: str) -> str:
