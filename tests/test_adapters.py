@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 from hf_l2sp.adapters import has_adapters, lora_layers, saved_copies
 from hf_l2sp.lowrank import lowrank_pass, lowrank_squared
 
-from .peft_models import ATTENTION, adapted, needs, peft, pristine, train
+from .peft_models import ATTENTION, adapted, by_transformers, needs, peft, pristine, train
 
 LoraConfig, get_peft_model = peft.LoraConfig, peft.get_peft_model
 
@@ -314,8 +314,8 @@ def test_adapter_loaded_from_disk_is_measured_from_the_base_weight(classifier, t
 def test_add_adapter_of_transformers(classifier):
     values = pristine(classifier)
     assert not has_adapters(classifier) and lora_layers(classifier) == [] and saved_copies(classifier) == []
-    classifier.add_adapter(LoraConfig(target_modules=ATTENTION, r=8), "first")
-    classifier.add_adapter(LoraConfig(target_modules=["query"], r=3, init_lora_weights=False), "second")
+    by_transformers(classifier, LoraConfig(target_modules=ATTENTION, r=8), "first")
+    by_transformers(classifier, LoraConfig(target_modules=["query"], r=3, init_lora_weights=False), "second")
     classifier.set_adapter(["first", "second"])
     assert has_adapters(classifier)
     assert check(train(classifier), values) > 0

@@ -10,11 +10,11 @@ from torch import nn
 
 from hf_l2sp.adapters import base_name, has_adapters, lora_layers, saved_copies
 
-from .peft_models import ATTENTION, adapted, peft, pristine, train
+from .peft_models import ATTENTION, adapted, by_transformers, peft, pristine, train
 
 
 def test_modules_to_save_of_add_adapter_of_transformers(classifier):
-    classifier.add_adapter(peft.LoraConfig(target_modules=ATTENTION, modules_to_save=["classifier"]))
+    by_transformers(classifier, peft.LoraConfig(target_modules=ATTENTION, modules_to_save=["classifier"]))
     assert [c.name for c in saved_copies(classifier)] == ["classifier.weight", "classifier.bias"]
 
 
