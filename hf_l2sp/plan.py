@@ -144,6 +144,7 @@ class Plan:
         if self.having("anchored") or self.low_rank_having("anchored"):
             return
         entries: list[PlanEntry | LowRankEntry] = [*self.entries.values(), *self.low_rank.values()]
+        entries.sort(key=lambda entry: entry.role == "frozen")  # what is trained says more
         lines = [f"{entry.name}: {_WHY_NOT.get(entry.role, entry.role)}" for entry in entries[:10]]
         more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
         looked = "; ".join(lines) + more if lines else "the model has no floating-point parameter"

@@ -7,6 +7,7 @@ number of items for each device, the mean over the devices' losses.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def test_head_that_ignores_the_number_of_items_is_told(
     classifier_of, classification_data, tmp_path, monkeypatch, warnings_of_library
 ):
     """Its task gradient is twice that of one device: Trainer multiplies the mean of both losses by two."""
+    if "kwargs" not in inspect.signature(BertForSequenceClassification.forward).parameters:
+        pytest.skip("the heads of transformers 4 take no loss arguments")
     gradients = []
     for devices in (1, 2):
         monkeypatch.setattr(nn, "DataParallel", TwoHalves)
