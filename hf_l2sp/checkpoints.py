@@ -29,7 +29,9 @@ logger = logging.get_logger(__name__)
 TRAINER_STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # How safetensors and tokenizers, how PyTorch's file writer tell of the system's errors; none of them is an OSError.
-_WRITE_FAILURE = re.compile(r"\(os error \d+\)|inline_container\.cc|^Parent directory .* does not exist")
+_WRITE_FAILURE = re.compile(
+    r"\(os error \d+\)|Os \{ code: \d+|inline_container\.cc|^Parent directory .* does not exist"
+)
 
 _Told = TypeVar("_Told")
 

@@ -37,7 +37,7 @@ def interpolate(model: _Model, anchor: Anchor, alpha: float) -> _Model:
             "A model cannot be interpolated while DeepSpeed holds it: its fp32 weights are elsewhere. Load the saved "
             "model and Anchor.from_pretrained in one process."
         )
-    for entry in anchor.active_low_rank():
+    for entry in anchor.low_rank_for(model):
         if entry.starts:
             raise ValueError(
                 f"The adapters of {entry.name} began with part of the base weight (PiSSA and its like), so no factor "
@@ -52,7 +52,7 @@ def interpolate(model: _Model, anchor: Anchor, alpha: float) -> _Model:
         origin = term.anchor.to(device=theta.device, dtype=torch.promote_types(theta.dtype, torch.float32))
         # 0·NaN is NaN: the way back must be open to a model that has diverged.
         theta.copy_(torch.lerp(origin, theta.to(origin.dtype), alpha) if alpha else origin)
-    for entry in anchor.active_low_rank() if alpha != 1.0 else ():
+    for entry in anchor.low_rank_for(model) if alpha != 1.0 else ():
         for product in entry.adapted.active().values():
             anchor.backend.local(product.up).mul_(alpha)  # s·(αB)A = α·s·BA
     return model

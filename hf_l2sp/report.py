@@ -128,7 +128,7 @@ def drift_report(model: nn.Module, anchor: Anchor) -> DriftReport:
         ValueError: The anchor belongs to another model.
     """
     names, terms = anchor.stored_terms(model)
-    low_rank = anchor.active_low_rank()
+    low_rank = anchor.low_rank_for(model)
     squared = anchor.backend.apply(terms, 0.0, gradient=False).squared.tolist()
     squared += apply_low_rank(low_rank, anchor.backend, 0.0, gradient=False).squared.tolist()
     return make_report(anchor, dict(zip([*names, *(e.name for e in low_rank)], squared, strict=True)))

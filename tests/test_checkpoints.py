@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainingArgumen
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp import checkpoints as module
-from hf_l2sp.checkpoints import checkpoints_in, last_complete, why_incomplete
+from hf_l2sp.checkpoints import _delete_leftovers, _is_leftover, checkpoints_in, last_complete, why_incomplete
 from hf_l2sp.state import mark_complete, read_state, write_state
 
 
@@ -239,7 +240,8 @@ def test_older_checkpoint_stays_until_the_new_one_is_whole(
 
 
 @pytest.mark.parametrize("limit", [None, 2])
-def test_leftovers_do_not_take_the_place_of_whole_checkpoints(run, model, classification_data, limit):
+@pytest.mark.parametrize("order", ["number", "time"])
+def test_leftovers_do_not_take_the_place_of_whole_checkpoints(run, model, classification_data, limit, order):
     """Resumed with other save steps, so that the half-written folders are never written again."""
     for name in ("checkpoint-3", "checkpoint-9"):
         shutil.copytree(run / "checkpoint-4", run / name)
@@ -247,17 +249,60 @@ def test_leftovers_do_not_take_the_place_of_whole_checkpoints(run, model, classi
     for name in ("checkpoint-7", "checkpoint-8"):
         (run / name).mkdir()
     (run / "checkpoint-7" / ".l2sp_state.json.123").write_text("{")
-    (run / "checkpoint-11").mkdir()
-    (run / "checkpoint-11" / "mine.txt").write_text("not a leftover")
+    # Trainer goes by the time where the oldest and the newest are more than a second apart.
+    for number, name in enumerate(["checkpoint-2", "checkpoint-4", *(f"checkpoint-{n}" for n in (3, 7, 8, 9))]):
+        then = time.time() - (3600 - number if order == "time" else -1)
+        os.utime(run / name, (then, then))
     trainer = make(model, classification_data, run, max_steps=6, save_total_limit=limit)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
-    there = {Path(path).name for path in checkpoints_in(run)}
-    gone = {"checkpoint-3", "checkpoint-7", "checkpoint-8", "checkpoint-9"}
-    if limit is None:
-        assert gone < there, "nothing is deleted that nobody asked for"
-    else:
-        assert there.isdisjoint(gone) and {"checkpoint-6"} < there
-        assert len(there) == 2 and (run / "checkpoint-6" / "optimizer.pt").exists()
+    there = {int(path.rpartition("-")[2]) for path in checkpoints_in(run)}
+    # Without a limit nothing is deleted: nobody asked for it.
+    assert there == ({4, 6} if limit else {2, 3, 4, 6, 7, 8, 9})
+    assert why_incomplete(run / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "leftover"),
+    [
+        (lambda folder: edit(folder, complete=False), True),
+        (lambda folder: None, False),
+        (lambda folder: edit(folder, complete=None), False),
+        (lambda folder: edit(folder, complete=False, format_version=2), False),
+        (lambda folder: cut(folder / "l2sp_state.json"), False),
+        (lambda folder: (folder / "l2sp_state.json").unlink(), False),
+        (lambda folder: (folder / "trainer_state.json").unlink(), False),
+        (lambda folder: shutil.rmtree(folder), False),
+        (lambda folder: (shutil.rmtree(folder), folder.mkdir()), True),
+    ],
+)
+def test_only_what_was_never_complete_may_be_deleted(run, change, leftover):
+    change(run / "checkpoint-4")
+    assert _is_leftover(str(run / "checkpoint-4")) is leftover
+
+
+def test_killed_while_a_leftover_is_deleted(run, monkeypatch):
+    """At no moment does what is left look like a whole checkpoint, or like something that must stay."""
+    folder = run / "checkpoint-4"
+    (folder / "global_step4").mkdir()
+    (folder / "global_step4" / "shard.pt").write_text("half")
+    edit(folder, complete=False)
+    deleted = []
+
+    def spy(name):
+        whole = getattr(os, name)
+
+        def delete(path, **kwargs):
+            whole(path, **kwargs)
+            deleted.append(Path(path).name)
+            assert not folder.exists() or (why_incomplete(folder) and _is_leftover(str(folder))), deleted
+
+        monkeypatch.setattr(os, name, delete)
+
+    spy("unlink")
+    spy("rmdir")
+    _delete_leftovers(str(run))
+    assert not folder.exists() and (run / "checkpoint-2").exists()
+    assert {"shard.pt", "optimizer.pt", "trainer_state.json", "l2sp_state.json", folder.name} < set(deleted)
 
 
 def test_stale_files_of_a_half_written_checkpoint_go(run, model, classification_data):
@@ -415,7 +460,7 @@ def test_other_failures_are_passed_on(model, classification_data, tmp_path, monk
 def test_lambda_zero_is_trainer_file_for_file(tiny_bert_dir, classification_data, tmp_path):
     def trained(cls, folder, resume, **kwargs):
         torch.manual_seed(0)
-        trainer = make(load(tiny_bert_dir), classification_data, folder, cls, save_total_limit=2, **kwargs)
+        trainer = make(load(tiny_bert_dir), classification_data, folder, cls, **kwargs)
         (folder / "checkpoint-9").mkdir()  # neither skipped nor deleted
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
