@@ -121,8 +121,16 @@ class Run:
                 "'hf auth login', or leave the flag out."
             ) from error
 
-    def __call__(self, build: Build, datasets: dict[str, Any]) -> None:
-        """Trains on `train`, evaluates on `validation` and `test`, writes the output folder, prints the table."""
+    def __call__(self, build: Build, datasets: dict[str, Any]) -> Trainer:
+        """Trains on `train`, evaluates on all other splits, writes the output folder, prints the table.
+
+        Args:
+            build: `(trainer class, arguments, datasets) -> trainer`, of a freshly loaded, equally initialised model.
+            datasets: `train`, `validation`, perhaps `test`; scores on any other split begin with its name.
+
+        Returns:
+            The trainer of the L2-SP run, with the trained model.
+        """
         gc.collect()  # the model of the rehearsal
         if self.settings["overwrite_output_dir"]:
             agreed(lambda: clear_output_dir(self.args.output_dir))
@@ -145,6 +153,7 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         if self.push:
             self._push(trainer, card)
+        return trainer
 
     def _plain(self, build: Build, datasets: dict[str, Any]) -> dict[str, Any]:
         """Scores of `Trainer` with the same arguments; its checkpoints do not outlive it."""
@@ -225,11 +234,11 @@ def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str
         trainer.add_callback(_Bar)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics = {**trainer.evaluate(metric_key_prefix="eval"), **metrics}
-    if "test" in datasets:
-        metrics.update(trainer.predict(datasets["test"], metric_key_prefix="test").metrics)
-    for prefix, split in (("train", "train"), ("eval", "validation"), ("test", "test")):
-        if split in datasets:
-            metrics[f"{prefix}_samples"] = len(datasets[split])
+    for split in datasets:
+        if split not in ("train", "validation"):
+            metrics.update(trainer.predict(datasets[split], metric_key_prefix=split).metrics)
+    for split in datasets:
+        metrics[f"{'eval' if split == 'validation' else split}_samples"] = len(datasets[split])
     return metrics
 
 

@@ -123,8 +123,12 @@ class RecipeParser(HfArgumentParser):
         """All argument names that a YAML file may use."""
         return {f.name for dtype in self.dataclass_types for f in dataclasses.fields(dtype) if f.init}
 
-    def parse(self, argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, Settings]:
+    def parse(self, argv: list[str] | None = None) -> tuple[Any, ...]:
         """The arguments of the command line (default: `sys.argv`), with the YAML of `--config` under them.
+
+        Returns:
+            An instance of each dataclass of the parser, in their order; of the last one, the training arguments, the
+            values alone as `Settings`.
 
         Raises:
             RecipeError: an unknown argument or key, or a value that cannot be read.
@@ -136,10 +140,11 @@ class RecipeParser(HfArgumentParser):
         if unknown:
             raise RecipeError(_unknown_argument(unknown[0], self.names() | {"config", "help"}))
         values = vars(namespace)
-        model, data, training = (
+        parts = [
             {f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init} for dtype in self.dataclass_types
-        )
-        return ModelArguments(**model), DataArguments(**data), Settings(training)
+        ]
+        others = zip(self.dataclass_types[:-1], parts[:-1], strict=True)
+        return (*(dtype(**part) for dtype, part in others), Settings(parts[-1]))
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

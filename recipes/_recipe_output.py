@@ -124,14 +124,11 @@ def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
 
 
 def score_names(metrics: dict[str, Any]) -> list[str]:
-    """The scores among `metrics`, validation first: no runtimes, throughputs and counts."""
+    """The scores among `metrics`, validation first: nothing of the training, no runtimes, throughputs and counts."""
     aside = ("_runtime", "_per_second", "_samples", "_model_preparation_time")
-    return [
-        name
-        for prefix in ("eval_", "test_")
-        for name in metrics
-        if name.startswith(prefix) and not name.endswith(aside)
-    ]
+    names = [n for n in metrics if n not in ("epoch", "total_flos") and not n.startswith("train_")]
+    first = [name for prefix in ("eval_", "test_") for name in names if name.startswith(prefix)]
+    return [name for name in dict.fromkeys([*first, *names]) if not name.endswith(aside)]
 
 
 def result_table(results: dict[str, dict[str, Any]]) -> str:

@@ -214,6 +214,22 @@ def test_mark_changes_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["l2sp_state.json"]
 
 
+def test_unfinished_state_files_do_not_stay(tmp_path, monkeypatch):
+    (tmp_path / ".l2sp_state.json.123").write_text("{")  # of a process that was killed
+    write_state(tmp_path, {"anchor": {}}, complete=False)
+    assert os.listdir(tmp_path) == ["l2sp_state.json"]
+
+    def full(self, *args, **kwargs):
+        self.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        mark_complete(tmp_path)
+    assert os.listdir(tmp_path) == ["l2sp_state.json"]
+    assert json.loads((tmp_path / "l2sp_state.json").read_text())["complete"] is False
+
+
 # --- deleting -------------------------------------------------------------------------------------------------------
 
 
