@@ -1,19 +1,21 @@
-"""Classification and calibration metrics that need neither the Hub nor scikit-learn.
+"""Classification, calibration and entity metrics that need neither the Hub nor scikit-learn.
 
 The `evaluate.Metric` classes are instantiated directly (`Accuracy()`), because `evaluate.load("accuracy")` downloads a
-script and therefore fails offline. The numbers are the pure functions of `scores.py`, given out here as well;
-`compute_classification_metrics` goes straight into `Trainer(compute_metrics=...)`.
+script and therefore fails offline. The numbers are the pure functions of `scores.py` and `entity_scores.py`, given
+out here as well; `compute_classification_metrics`, and for token classification `make_entity_metrics(label_names)`,
+go straight into `Trainer(compute_metrics=...)`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import datasets
 import evaluate
 
+from .entity_scores import check_tagged, entity_scores, make_entity_metrics
 from .scores import (
     N_BINS,
     IntArray,
@@ -30,14 +32,17 @@ from .scores import (
 
 __all__ = [
     "Accuracy",
+    "EntityScores",
     "ExpectedCalibrationError",
     "MacroF1",
     "MatthewsCorrelation",
     "accuracy_from_confusion",
     "compute_classification_metrics",
     "confusion_matrix",
+    "entity_scores",
     "expected_calibration_error",
     "macro_f1_from_confusion",
+    "make_entity_metrics",
     "mcc_from_confusion",
 ]
 
@@ -75,6 +80,24 @@ Example:
     {'ece': 0.3125}
 """
 
+_ENTITY_INPUTS = """
+Args:
+    predictions: predicted IOB2 tags, one list of strings per sentence.
+    references: true IOB2 tags, one list of strings per sentence.
+    types: entity types to report even if they occur nowhere; only for `compute`.
+
+Returns:
+    precision, recall, f1, the same with _macro, and TYPE_precision, TYPE_recall, TYPE_f1: see the description.
+
+Example:
+
+    >>> from hf_l2sp.metrics import EntityScores
+    >>> true = [["B-DRUG", "I-DRUG", "O", "B-DOSE"]]
+    >>> scores = EntityScores().compute(predictions=[["B-DRUG", "O", "O", "B-DOSE"]], references=true)
+    >>> scores["f1"], scores["DRUG_f1"], scores["DOSE_f1"]
+    (0.5, 0.0, 1.0)
+"""
+
 
 class _OfflineMetric(evaluate.Metric):
     """An `evaluate.Metric` to instantiate directly, that checks inputs when they are added.
@@ -110,7 +133,7 @@ class _OfflineMetric(evaluate.Metric):
             description=inspect.getdoc(type(self)) or "",
             citation=self.citation_text,
             inputs_description=inputs,
-            features=datasets.Features({**scored, "references": datasets.Value("int64")}),
+            features=datasets.Features(scored | {"references": scored.get("references", datasets.Value("int64"))}),
         )
 
     def _checked(self, columns: dict[str, Any]) -> dict[str, Any]:
@@ -227,3 +250,29 @@ class ExpectedCalibrationError(_OfflineMetric):
 
     def _compute(self, prediction_scores: Any, references: Any, n_bins: int = N_BINS) -> dict[str, float]:
         return {"ece": expected_calibration_error(prediction_scores, references, n_bins)}
+
+
+class EntityScores(_OfflineMetric):
+    """Entity scores: precision, recall and F1 over entities, of which type and both ends must be right, 0 to 1.
+
+    Keys: `precision`, `recall`, `f1` over all entities; `precision_macro`, `recall_macro`, `f1_macro`, the unweighted
+    means over the types in references or predictions; `TYPE_precision`, `TYPE_recall`, `TYPE_f1` of each type. Tags
+    are read as strict IOB2: an `I-` that continues nothing belongs to no entity. What is undefined counts as 0.
+    """
+
+    citation_text = """@inproceedings{tjong2003introduction,
+  title = {Introduction to the {CoNLL}-2003 Shared Task: Language-Independent Named Entity Recognition},
+  author = {Tjong Kim Sang, Erik F. and De Meulder, Fien},
+  booktitle = {Proceedings of CoNLL-2003}, pages = {142--147}, year = {2003}
+}"""
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.Sequence(datasets.Value("string"))
+        return self._make_info(_ENTITY_INPUTS, {"predictions": tags, "references": tags})
+
+    def _checked(self, columns: dict[str, Any]) -> dict[str, Any]:
+        references, predictions = check_tagged(columns.get("references"), columns.get("predictions"))
+        return {"predictions": predictions, "references": references}
+
+    def _compute(self, predictions: Any, references: Any, types: Iterable[str] = ()) -> dict[str, float]:
+        return entity_scores(references, predictions, types)
