@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -129,8 +130,7 @@ class Storage:
         if self._writes:
             # Rank and not process: what a killed process has left is found again.
             temporary = path.with_name(f"{path.name}.{self._rank}.tmp")
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            _remove(temporary)
             if values and not _holds(path, values):
                 self._write(path, temporary, values)
         self._wait()
@@ -144,12 +144,14 @@ class Storage:
     @staticmethod
     def _write(path: Path, temporary: Path, values: Mapping[str, Tensor]) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, temporary)
-            os.replace(temporary, path)
+            # A folder: safetensors from 0.8 on writes beside its target, under a name that nobody would find again.
+            temporary.mkdir(parents=True)
+            whole = temporary / path.name
+            save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, whole)
+            os.replace(whole, path)
+            temporary.rmdir()
         except Exception as error:  # OSError, or safetensors' own type for a full disk
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            _remove(temporary)
             raise OSError(
                 f"θ0 cannot be written to {path} ({error}). l2sp_anchor_offload='disk' keeps it in the output folder: "
                 "free some space or choose another output_dir, or set l2sp_anchor_offload to 'cpu' or 'none'."
@@ -168,6 +170,13 @@ class Storage:
                     "changed with it. Leave the pretrained model's files alone, or set l2sp_anchor_offload to 'cpu' "
                     "or 'none', and resume from the last checkpoint."
                 )
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        temporary.unlink()
 
 
 def _same_values(mapped: Tensor, value: Tensor) -> bool:

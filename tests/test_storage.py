@@ -337,7 +337,8 @@ def test_an_anchor_that_is_replaced_stays_what_it_was(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     disk(tmp_path).keep(values_of())
     stale = tmp_path / f"{NAME}.0.tmp"
-    stale.write_bytes(b"half")
+    stale.mkdir()
+    (stale / ".tmpAbCdEf").write_bytes(b"half")
     disk(tmp_path).keep(values_of())
     assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
