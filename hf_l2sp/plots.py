@@ -13,22 +13,33 @@ _BLUE, _ORANGE, _GREY, _GREEN = "#2f6db3", "#d9722e", "#8a8f98", "#3a8f5d"
 _CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # numbers stay readable on the dashed line
 
 
+def require_matplotlib() -> Any:
+    """The class of matplotlib's figures: the object interface has no global state and needs no window system.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Drawing the drift report needs matplotlib, which is not installed: pip install 'hf-l2sp[plots]'."
+        ) from error
+    return Figure
+
+
 def draw_report(report: DriftReport, path: Path) -> Path:
     """Draws a drift report: bars of relative drift per layer, and the course of training where it is known.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        # The object interface: no global state, no window system.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Drawing the drift report needs matplotlib, which is not installed: pip install 'hf-l2sp[plots]'."
-        ) from error
+    figure_class = require_matplotlib()
     has_course = len(report.history) > 1
     rows = max(len(report.layers), 1)
-    figure = Figure(figsize=(13 if has_course else 7, max(4.2, 1.6 + 0.34 * rows)), dpi=150, layout="constrained")
+    figure = figure_class(
+        figsize=(13 if has_course else 7, max(4.2, 1.6 + 0.34 * rows)), dpi=150, layout="constrained"
+    )
     axes = figure.subplots(1, 2 if has_course else 1, squeeze=False)[0]
     _draw_layers(axes[0], report)
     if has_course:
