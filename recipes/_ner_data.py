@@ -1,20 +1,23 @@
-"""Named-entity data of the recipes: arguments, checks before any work is done, splits, the few-shot draw."""
+"""Named-entity data of the recipes: arguments, checks before any work is done, splits."""
 
 from __future__ import annotations
 
-import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _ner_draws import NerSplit, draw_shots, hold_out
 from _ner_files import Row, read_ner_file, read_ner_hub
 from _ner_tags import SCHEMES, TagError, entity_types, split_tag, to_iob2
 from _recipe_args import DataArguments, RecipeError
 from _recipe_data import VALIDATION_SHARE, check_data_arguments
 from _recipe_files import listed, shown
 
+# Both can stand in a JSON string; no tokenizer reads the second.
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 _FORMATS = "json, jsonl, parquet (lists of tokens and tags) or conll, bio, iob, tsv, txt (a token and its tag a line)"
 
 
@@ -22,9 +25,11 @@ _FORMATS = "json, jsonl, parquet (lists of tokens and tags) or conll, bio, iob, 
 class NerDataArguments(DataArguments):
     """Which named-entity data the model is fine-tuned on. Without any of them: the data that come with the recipe."""
 
-    # No such arguments here: a sentence is a list of tokens, and each has a tag.
-    text_column: str = field(init=False, default="text")
-    label_column: str = field(init=False, default="label")
+    # No such argument here: every token of a sentence has a tag.
+    label_column: str = field(init=False, default="")
+    text_column: str = field(
+        default="text", metadata={"help": "Name of the column with the texts of --predict_file, if it has no tokens."}
+    )
     train_file: str | None = field(default=None, metadata={"help": f"Training data: {_FORMATS}."})
     validation_file: str | None = field(
         default=None, metadata={"help": "Validation data. Default: 15%% of the training sentences, drawn by seed."}
@@ -48,28 +53,17 @@ class NerDataArguments(DataArguments):
     label_all_tokens: bool = field(
         default=False, metadata={"help": "Train on all sub-words of a word (I- after the first), not on its first."}
     )
-    stride: int = field(
-        default=32, metadata={"help": "How many sub-words two windows of a long sentence have in common, at most."}
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many sub-words two windows of a long sentence have in common, at most. Default: a quarter of "
+            "max_seq_length."
+        },
     )
 
-
-@dataclass
-class NerSplit:
-    """Sentences as lists of tokens and of IOB2 tags, in the order of the file."""
-
-    source: str  # as messages name it
-    tokens: list[list[str]]
-    tags: list[list[str]]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def take(self, rows: Sequence[int]) -> NerSplit:
-        return NerSplit(self.source, [self.tokens[i] for i in rows], [self.tags[i] for i in rows])
-
-    def types(self) -> list[set[str]]:
-        """The entity types in each sentence."""
-        return [entity_types(tags) for tags in self.tags]
+    def __post_init__(self) -> None:
+        if self.stride is None:
+            self.stride = self.max_seq_length // 4
 
 
 def check_ner_arguments(data: NerDataArguments) -> None:
@@ -163,20 +157,12 @@ def check_rows(rows: Sequence[Row], source: str, data: NerDataArguments) -> NerS
     split = NerSplit(source, [], [])
     for row in rows:
         where = f"{source}, {row.at()}"
-        for name, flag, values in (("tokens", "tokens_column", row.tokens), ("tags", "tags_column", row.tags)):
-            if not isinstance(values, list):
-                raise RecipeError(
-                    f"{where}: the {name} are {shown(values)}, a {type(values).__name__}, not a list with an entry "
-                    f"per word (--{flag})."
-                )
+        check_tokens(row, source)
+        _check_list(row.tags, where, "tags")
         if len(row.tokens) != len(row.tags):
             raise RecipeError(
                 f"{where}: {len(row.tokens)} tokens but {len(row.tags)} tags; every token needs exactly one."
             )
-        for index, token in enumerate(row.tokens):
-            if not isinstance(token, str) or "\0" in token:
-                what = "holds a NUL character" if isinstance(token, str) else f"is a {type(token).__name__}"
-                raise RecipeError(f"{source}, {row.at(index)}: the token {shown(token)} {what}; write it as text.")
         if not any(token.strip() for token in row.tokens):
             raise RecipeError(f"{where}: the sentence has no word ({shown(row.tokens)}); drop it.")
         names = [_tag_name(tag, f"{source}, {row.at(index)}", data.tag_names) for index, tag in enumerate(row.tags)]
@@ -187,6 +173,27 @@ def check_rows(rows: Sequence[Row], source: str, data: NerDataArguments) -> NerS
         split.tokens.append(row.tokens)
         split.tags.append(tags)
     return split
+
+
+def check_tokens(row: Row, source: str) -> None:
+    """Raises `RecipeError` unless the tokens are a list of strings that every tokenizer can read."""
+    _check_list(row.tokens, f"{source}, {row.at()}", "tokens")
+    for index, token in enumerate(row.tokens):
+        if not isinstance(token, str):
+            what = f"is a {type(token).__name__}; write it as text."
+        elif _UNFIT.search(token):
+            what = "holds a NUL character or half a character (a lone surrogate); mend it."
+        else:
+            continue
+        raise RecipeError(f"{source}, {row.at(index)}: the token {shown(token)} {what}")
+
+
+def _check_list(values: Any, where: str, name: str) -> None:
+    if not isinstance(values, list):
+        raise RecipeError(
+            f"{where}: the {name} are {shown(values)}, a {type(values).__name__}, not a list with an entry per word "
+            f"(--{name}_column)."
+        )
 
 
 def _tag_name(tag: Any, where: str, names: Sequence[str] | None) -> str:
@@ -223,68 +230,3 @@ def check_types(splits: dict[str, NerSplit]) -> None:
                 f"{split.source} has entity types that the training data lack: {counts}{more}. Add training sentences "
                 "with them or tag these as O."
             )
-
-
-# --------------------------------------------------------------------------- draws
-
-
-def _shuffled(split: NerSplit, seed: int) -> list[int]:
-    """All rows, shuffled by seed; the same sentences in the same order whatever the order of the file."""
-    rows = sorted(range(len(split)), key=lambda row: (split.tokens[row], split.tags[row]))
-    random.Random(seed).shuffle(rows)
-    return rows
-
-
-def hold_out(split: NerSplit, share: float, seed: int) -> tuple[NerSplit, NerSplit]:
-    """Splits off `share` of the sentences of every type, and of those without entity, where there are two or more.
-
-    A sentence counts for the rarest of its types. The last sentence of a type is never taken.
-    """
-    types = split.types()
-    left = Counter(kind for kinds in types for kind in kinds)
-    groups: dict[str, list[int]] = {}
-    for row in _shuffled(split, seed):
-        groups.setdefault(min(types[row], key=lambda kind: (left[kind], kind), default=""), []).append(row)
-    taken: set[int] = set()
-    for _, rows in sorted(groups.items()):
-        wanted = max(1, round(share * len(rows))) if len(rows) > 1 else 0
-        for row in rows:
-            if wanted and all(left[kind] > 1 for kind in types[row]):
-                taken.add(row)
-                left.subtract(types[row])
-                wanted -= 1
-    if not taken:
-        raise RecipeError(
-            f"{split.source} has one sentence per entity type: none can be held out to validate on; give "
-            "--validation_file."
-        )
-    return split.take([i for i in range(len(split)) if i not in taken]), split.take(sorted(taken))
-
-
-def draw_shots(split: NerSplit, shots: int, seed: int) -> NerSplit:
-    """Sentences drawn by seed until every entity type is in `shots` of them, in the order of the file.
-
-    Greedy: the rarest type first, each draws sentences at random until it has enough, and a sentence counts for all
-    the types in it. A type that keeps company with others may so be in more than `shots`; what has no entity is never
-    drawn.
-    """
-    types = split.types()
-    holding: dict[str, list[int]] = {}
-    for row in _shuffled(split, seed):
-        for kind in types[row]:
-            holding.setdefault(kind, []).append(row)
-    by_rarity = sorted(holding, key=lambda kind: (len(holding[kind]), kind))
-    smallest = by_rarity[0]
-    if len(holding[smallest]) < shots:
-        raise RecipeError(
-            f"--shots {shots} is more than the training data have of type {shown(smallest)}: "
-            f"{len(holding[smallest])} sentences; give --shots {len(holding[smallest])} or less."
-        )
-    counts: Counter[str] = Counter()
-    taken: set[int] = set()
-    for kind in by_rarity:
-        for row in holding[kind]:
-            if counts[kind] < shots and row not in taken:
-                taken.add(row)
-                counts.update(types[row])
-    return split.take(sorted(taken))

@@ -24,7 +24,7 @@ class Row:
     """One sentence as it was read, not yet checked.
 
     Attributes:
-        tokens, tags: What the file has for them, lists if all is well.
+        tokens, tags: What the file has for them, lists if all is well; no tags where none are asked for.
         places: Where it is in the file: the line of each token in a CoNLL file, otherwise one place.
         by_token: Whether there is a place per token.
     """
@@ -41,7 +41,7 @@ class Row:
         return self.places[index] if self.by_token else f"{self.places[0]}, token {index + 1}"
 
 
-def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str) -> list[Row]:
+def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str, tagged: bool = True) -> list[Row]:
     """Reads the sentences of a file, which the argument `flag` names.
 
     Args:
@@ -49,6 +49,7 @@ def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str) -
         flag: The argument that names it, for messages.
         columns: Names of the columns of tokens and tags; of no meaning in CoNLL files.
         scheme: Tag scheme, which tells a comment from a token `#` in CoNLL files.
+        tagged: Whether the tags are read; without them a CoNLL file may have a single column.
 
     Raises:
         RecipeError: no such file, another extension, or a content that cannot be read.
@@ -63,7 +64,8 @@ def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str) -
             f"{', '.join(CONLL)} (a token and its tag per line)."
         )
     if suffix in CONLL:
-        return parse_conll(_text(file, name), name, scheme)
+        return parse_conll(_text(file, name), name, scheme, tagged)
+    columns = columns if tagged else columns[:1]
     places = None
     if suffix != ".parquet":
         text = _text(file, name)
@@ -109,9 +111,9 @@ def _text(path: Path, name: str) -> str:
     return text
 
 
-def _check_columns(table: Table, name: str, columns: tuple[str, str]) -> None:
+def _check_columns(table: Table, name: str, columns: Sequence[str]) -> None:
     present, values = table
-    for flag, column in zip(("tokens_column", "tags_column"), columns, strict=True):
+    for flag, column in zip(("tokens_column", "tags_column"), columns, strict=False):
         if column not in values and present:
             near = closest(column, present)
             raise RecipeError(
@@ -120,10 +122,11 @@ def _check_columns(table: Table, name: str, columns: tuple[str, str]) -> None:
             )
 
 
-def _rows(table: Table, columns: tuple[str, str], features: Any, places: list[str] | None) -> list[Row]:
-    tokens, tags = (table[1].get(column, []) for column in columns)
+def _rows(table: Table, columns: Sequence[str], features: Any, places: list[str] | None) -> list[Row]:
+    tokens = table[1].get(columns[0], [])
+    tags = table[1].get(columns[1], []) if len(columns) > 1 else [None] * len(tokens)
     # Lists of class ids come as integers, also where the file knows the names.
-    feature = features[columns[1]] if features and columns[1] in features else None
+    feature = features[columns[1]] if features and len(columns) > 1 and columns[1] in features else None
     item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     if isinstance(item, datasets.ClassLabel):
         tags = [[_class_name(item, tag) for tag in row] if isinstance(row, list) else row for row in tags]
@@ -138,13 +141,13 @@ def _class_name(feature: datasets.ClassLabel, tag: Any) -> Any:
 # --------------------------------------------------------------------------- CoNLL
 
 
-def parse_conll(text: str, name: str, scheme: str) -> list[Row]:
+def parse_conll(text: str, name: str, scheme: str, tagged: bool = True) -> list[Row]:
     """The sentences of a CoNLL text: a token per line, its tag in the last column, a blank line between sentences.
 
     Columns are separated by tabs, or, if the first line has none, by spaces; every line has as many as the first.
     Other white space, such as a no-break space, may be part of a token. `-DOCSTART-` lines are passed over. Before a
     sentence, lines that start with `#` are comments, unless they have as many columns as the others and end in a tag:
-    a token may start with `#`.
+    a token may start with `#`. Without tags one column is enough, and then `# ` begins a comment.
 
     Raises:
         RecipeError: a line of another form.
@@ -162,7 +165,7 @@ def parse_conll(text: str, name: str, scheme: str) -> list[Row]:
         if not line or _DOCUMENT.match(line):
             within = False
         elif within or not _is_comment(line, cells, width, scheme):
-            _check_line(f"{name}, line {number}", line, cells, width, by_tabs)
+            _check_line(f"{name}, line {number}", line, cells, width, by_tabs, tagged)
             if not within:
                 rows.append(Row([], [], [], by_token=True))
             within = True
@@ -179,18 +182,18 @@ def _columns(line: str, by_tabs: bool) -> list[str]:
 def _is_comment(line: str, cells: Sequence[str], width: int, scheme: str) -> bool:
     if not line.startswith("#"):
         return False
-    of_a_token = len(cells) == width > 1 and (split_tag(cells[-1], scheme) is not None or not line.startswith("# "))
+    of_a_token = len(cells) == width and (split_tag(cells[-1], scheme) is not None or not line.startswith("# "))
     return not of_a_token
 
 
-def _check_line(where: str, line: str, cells: Sequence[str], width: int, by_tabs: bool) -> None:
+def _check_line(where: str, line: str, cells: Sequence[str], width: int, by_tabs: bool, tagged: bool) -> None:
     separator = "tabs" if by_tabs else "spaces"
-    if width == 1:
+    if width == 1 and tagged:
         raise RecipeError(f"{where}: {shown(line)} has one column; write a token, a tab or spaces, and its tag.")
     if len(cells) != width:
         raise RecipeError(
             f"{where}: {shown(line)} has {len(cells)} columns, but the first line has {width}, separated by "
-            f"{separator}; every line needs a token first and its tag last."
+            f"{separator}; every line needs a token first{' and its tag last' if tagged else ''}."
         )
     if not cells[0]:
-        raise RecipeError(f"{where}: {shown(line)} has a tag but no token; drop the line or write the token.")
+        raise RecipeError(f"{where}: {shown(line)} has no token; drop the line or write the token.")

@@ -20,7 +20,8 @@ if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
 from _ner_align import encode, prepare_tokenizer, to_words, tokenize_ner  # noqa: E402
-from _ner_data import NerDataArguments, NerSplit  # noqa: E402
+from _ner_data import NerDataArguments  # noqa: E402
+from _ner_draws import NerSplit  # noqa: E402
 from _ner_metrics import SentenceMetrics  # noqa: E402
 from _ner_tags import fill_gaps, label_names, to_iob2  # noqa: E402
 from _recipe_args import RecipeError  # noqa: E402

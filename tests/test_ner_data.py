@@ -1,9 +1,8 @@
-"""Named-entity data of the recipes: files of all forms, tag schemes, refusals with their place, draws by seed."""
+"""Named-entity data of the recipes: refusals with their place, splits, draws by seed, arguments."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 from collections import Counter
@@ -21,31 +20,15 @@ import _ner_files  # noqa: E402
 import _recipe_files  # noqa: E402
 from _ner_data import (  # noqa: E402
     NerDataArguments,
-    NerSplit,
     check_ner_arguments,
     check_rows,
     check_types,
-    draw_shots,
-    hold_out,
     load_ner_splits,
 )
-from _ner_files import read_ner_file  # noqa: E402
-from _ner_tags import TagError, fill_gaps, label_names, repair, to_iob2  # noqa: E402
+from _ner_draws import NerSplit, draw_shots, hold_out  # noqa: E402
 from _recipe_args import ModelArguments, RecipeError, RecipeParser, RecipeTrainingArguments  # noqa: E402
 
-from hf_l2sp.entity_scores import entity_spans  # noqa: E402
-
-TOKENS = [["Café", "#1", "(", "不", "-DOCSTART-x", ")"], ["a\u00a0b", "\u2028", "👩‍⚕️"], ["#", "O"]]
-TAGS = [["B-LOC", "I-LOC", "O", "B-creative-work", "O", "O"], ["O", "B-LOC", "B-LOC"], ["O", "O"]]
-NAMES = ["O", "B-LOC", "I-LOC", "B-creative-work", "I-creative-work"]
-COLUMNS = ("tokens", "ner_tags")
-
-
-def read(path: Path, **settings: Any) -> NerSplit:
-    data = NerDataArguments(train_file=str(path), **settings)
-    check_ner_arguments(data)
-    rows = read_ner_file(str(path), "--train_file", (data.tokens_column, data.tags_column), data.tag_scheme)
-    return check_rows(rows, f"--train_file {str(path)!r}", data)
+from tests.test_ner_files import NAMES, TAGS, TOKENS, read  # noqa: E402
 
 
 def split_of(*sentences: str) -> NerSplit:
@@ -58,111 +41,6 @@ def split_of(*sentences: str) -> NerSplit:
 
 def types_of(split: NerSplit) -> Counter[str]:
     return Counter(kind for kinds in split.types() for kind in kinds)
-
-
-# --------------------------------------------------------------------------- files
-
-
-def conll(separator: str, middle: list[str], end: str = "\n") -> str:
-    lines = []
-    for tokens, tags in zip(TOKENS, TAGS, strict=True):
-        lines += [separator.join([token, *middle, tag]) for token, tag in zip(tokens, tags, strict=True)] + [""]
-    return end.join(lines)
-
-
-def write_all(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The same sentences in every form, with the arguments to read them."""
-    rows = [{"tokens": tokens, "ner_tags": tags} for tokens, tags in zip(TOKENS, TAGS, strict=True)]
-    ids = [{"words": row["tokens"], "ids": [NAMES.index(tag) for tag in row["ner_tags"]]} for row in rows]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    comments = "# newdoc id = O\n#global.columns = FORM TAG\n-DOCSTART-\t-X-\t_\tO\n\n# text = Café #1\n"
-    texts = {
-        "a.jsonl": ("\ufeff" + "\n\n".join(lines) + "\n", {}),
-        "a.json": (json.dumps(rows), {}),
-        "lines.json": ("\r\n".join(lines), {}),
-        "tabs.conll": (conll("\t", []), {}),
-        "bom.bio": ("\ufeff" + conll("\t", ["_", "X Y"], "\r\n"), {}),
-        "old_mac.tsv": (conll("\t", [], "\r"), {}),
-        "spaces.txt": ("-DOCSTART- -X- O\n\n\n" + conll("  ", ["NN"]) + "\n\n", {}),
-        "comments.iob": (comments + conll("\t", ["_", "_"]).replace("\n\n", "\n \t \n# sent_id = 2\n"), {}),
-        "comments.txt": ("# a comment\n#\n" + conll(" ", []), {}),
-        "integers.jsonl": (
-            "\n".join(map(json.dumps, ids)),
-            {"tokens_column": "words", "tags_column": "ids", "tag_names": NAMES},
-        ),
-    }
-    paths = []
-    for name, (text, settings) in texts.items():
-        (folder / name).write_bytes(text.encode("utf-8"))
-        paths.append((folder / name, settings))
-    table = datasets.Dataset.from_list(rows)
-    table.to_pandas().to_parquet(folder / "strings.parquet")
-    named = table.features | {"ner_tags": datasets.Sequence(datasets.ClassLabel(names=NAMES))}
-    coded = [{"tokens": row["words"], "ner_tags": row["ids"]} for row in ids]
-    datasets.Dataset.from_list(coded, features=datasets.Features(named)).to_parquet(folder / "named.parquet")
-    return [*paths, (folder / "strings.parquet", {}), (folder / "named.parquet", {})]
-
-
-def test_every_form_gives_the_same_sentences(tmp_path: Path) -> None:
-    files = write_all(tmp_path)
-    assert len(files) == 12
-    for path, settings in files:
-        split = read(path, **settings)
-        assert (split.tokens, split.tags) == (TOKENS, TAGS), path.name
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"", r"extension '\.csv'; give \.json, \.jsonl, \.parquet .*, or \.conll, .*\(a token and its tag"),
-        ("a.jsonl", b'{"tokens": ["a"], "ner_tags": ["O"]}\n\n{"tokens": [\n', r"a\.jsonl', line 3: not valid JSON"),
-        ("a.jsonl", b'{"tokens": ["a"]}\n{"tokens": ["\xe9"]}', r"a\.jsonl', line 2: not UTF-8 text \(byte 0xe9\)"),
-        ("a.conll", b"a O\r\n\r\nb O\r\n\xff O\r\n", r"a\.conll', line 4: not UTF-8 text \(byte 0xff\); save it as"),
-        ("a.conll", b"a O\n\0 O\n", r"a\.conll', line 2: a NUL byte"),
-        ("a.txt", "a O\n".encode("utf-16"), r"a\.txt', line 1: not UTF-8 text"),
-        ("a.txt", "a O\n".encode("utf-16-le"), r"a\.txt', line 1: a NUL byte"),
-        ("a.conll", b"", r"holds no sentences"),
-        ("a.conll", b"\n \n# x y z\n-DOCSTART-\n", r"holds no sentences"),
-        ("a.jsonl", b"", r"holds no sentences"),
-        ("a.json", b"[]", r"holds no sentences"),
-        (
-            "a.txt",
-            b"John lives here .\n\nIn Berlin .\n",
-            r"line 3: 'In Berlin \.' has 3 columns, but the first line has 4",
-        ),
-        ("a.txt", b"word\nword\n", r"a\.txt', line 1: 'word' has one column; write a token, a tab or spaces, and its"),
-        (
-            "a.txt",
-            b"a O\nNew York B-LOC\n",
-            r"a\.txt', line 2: 'New York B-LOC' has 3 columns, but the first .* 2, sepa",
-        ),
-        (
-            "a.txt",
-            b"a\tO\nb O\n",
-            r"a\.txt', line 2: 'b O' has 1 columns, but the first line has 2, separated by tabs",
-        ),
-        ("a.txt", b"a\tO\n\tO\n", r"a\.txt', line 2: '\\tO' has a tag but no token"),
-        ("a.txt", b"a\tO\n# note\n", r"a\.txt', line 2: '# note' has 1 columns"),  # within a sentence: no comment
-        ("a.txt", b"a O\n\n#tag X-bad\n", r"a\.txt', line 3: 'X-bad' is no tag of the scheme iob2"),
-        ("a.jsonl", b'{"words": ["a"], "ner_tags": ["O"]}', r"no column 'tokens' \(--tokens_column\); it has 'words'"),
-        ("a.jsonl", b'{"tokens": ["a"], "tags": ["O"]}', r"no column 'ner_tags'.* Did you mean --tags_column tags\?"),
-        ("a.parquet", b"tokens", r"a\.parquet' is not a parquet file"),
-    ],
-)
-def test_unreadable_files_are_refused_with_their_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(RecipeError, match=message) as error:
-        read(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_names_its_neighbors(tmp_path: Path) -> None:
-    (tmp_path / "train.conll").touch()
-    with pytest.raises(
-        RecipeError, match=r"--train_file '.*trian\.conll' does not exist; its folder has 'train\.conll'"
-    ):
-        read(tmp_path / "trian.conll")
 
 
 # --------------------------------------------------------------------------- rows
@@ -180,6 +58,7 @@ def test_a_missing_file_names_its_neighbors(tmp_path: Path) -> None:
         ({"tokens": ["a", 5], "ner_tags": ["O", "O"]}, r"line 3, token 2: the token 5 is a int; write it as text"),
         ({"tokens": ["a", None], "ner_tags": ["O", "O"]}, r"line 3, token 2: the token None is a NoneType"),
         ({"tokens": ["a\0"], "ner_tags": ["O"]}, r"line 3, token 1: the token 'a\\x00' holds a NUL character"),
+        ({"tokens": ["a", "\udc00"], "ner_tags": ["O", "O"]}, r"line 3, token 2: the token '\\udc00' holds .* half"),
         ({"tokens": ["a"], "ner_tags": ["PER"]}, r"line 3, token 1: 'PER' is no tag of the scheme iob2 \(O, B-TYPE"),
         ({"tokens": ["a"], "ner_tags": ["b-PER"]}, r"'b-PER' is no tag"),
         ({"tokens": ["a"], "ner_tags": ["B-"]}, r"'B-' is no tag"),
@@ -230,88 +109,6 @@ def test_integer_tags_need_fitting_names() -> None:
     rows = [_ner_files.Row(["a"], ["O"], ["row 1"])]
     with pytest.raises(RecipeError, match=r"the tag is 'O', but --tag_names is for integer tags; leave it out"):
         check_rows(rows, "x", NerDataArguments(tag_names=["O", "B-a"]))
-
-
-# --------------------------------------------------------------------------- schemes
-
-
-SAME = ["O", "B-a", "I-a", "B-a", "O", "B-b", "B-a", "I-a", "I-a"]
-
-
-@pytest.mark.parametrize(
-    ("scheme", "tags"),
-    [
-        ("iob2", SAME),
-        ("iob1", ["O", "I-a", "I-a", "B-a", "O", "I-b", "I-a", "I-a", "I-a"]),
-        ("iob1", SAME),
-        ("bioes", ["O", "B-a", "E-a", "S-a", "O", "S-b", "B-a", "I-a", "E-a"]),
-        ("bilou", ["O", "B-a", "L-a", "U-a", "O", "U-b", "B-a", "I-a", "L-a"]),
-    ],
-)
-def test_every_scheme_is_read_into_iob2(scheme: str, tags: list[str]) -> None:
-    assert to_iob2(tags, scheme) == SAME
-
-
-@pytest.mark.parametrize(
-    ("tags", "index", "message"),
-    [
-        ("O I-a", 1, r"'I-a' continues an entity, but none was begun with 'B-a'"),
-        ("S-a E-a", 1, r"'E-a' continues an entity"),
-        ("B-a E-b", 1, r"'E-b' breaks off the entity that 'B-a' is within"),
-        ("B-a O", 1, r"'O' breaks off the entity that 'B-a'"),
-        ("B-a I-a S-a", 2, r"'S-a' breaks off the entity that 'I-a'"),
-        ("O B-a I-a", 2, r"the sentence ends within the entity of the tag 'I-a'"),
-        ("U-a", 0, r"'U-a' is no tag of the scheme bioes .*; is it --tag_scheme bilou\?"),
-    ],
-)
-def test_broken_bioes_is_refused(tags: str, index: int, message: str) -> None:
-    with pytest.raises(TagError, match=message) as error:
-        to_iob2(tags.split(), "bioes")
-    assert error.value.index == index
-
-
-@pytest.mark.parametrize("scheme", ["iob2", "iob1", "bioes", "bilou"])
-def test_schemes_of_random_entities_round_trip(scheme: str) -> None:
-    rng = random.Random(scheme)
-    for _ in range(300):
-        tags: list[str] = []
-        while len(tags) < 12:
-            kind, length = rng.choice("ab"), rng.randint(1, 3)
-            tags += rng.choice([["O"] * length, [f"B-{kind}", *[f"I-{kind}"] * (length - 1)]])
-        written = list(tags)
-        for kind, first, end in entity_spans(tags):
-            if scheme == "iob1" and (first == 0 or tags[first - 1][2:] != kind):
-                written[first] = f"I-{kind}"
-            if scheme in ("bioes", "bilou"):
-                written[end - 1] = f"{'E' if scheme == 'bioes' else 'L'}-{kind}"
-                if end == first + 1:
-                    written[first] = f"{'S' if scheme == 'bioes' else 'U'}-{kind}"
-        assert to_iob2(written, scheme) == tags
-
-
-def test_labels_are_in_a_fixed_order_with_o_first() -> None:
-    assert label_names({"b", "A", "a-c"}) == ["O", "B-A", "I-A", "B-a-c", "I-a-c", "B-b", "I-b"]
-
-
-@pytest.mark.parametrize(
-    ("tags", "filled"),
-    [
-        ([None, "O", None], ["O", "O", "O"]),
-        (["B-a", None, "I-a"], ["B-a", "I-a", "I-a"]),  # within an entity
-        (["B-a", None, "B-a"], ["B-a", "O", "B-a"]),
-        (["B-a", None], ["B-a", "O"]),
-        (["O", None, None, "I-a"], ["O", "B-a", "I-a", "I-a"]),  # where it begins
-        (["B-b", None, "I-a"], ["B-b", "B-a", "I-a"]),
-        ([None, None], ["O", "O"]),
-    ],
-)
-def test_words_that_no_model_sees_are_filled_in(tags: list[str | None], filled: list[str]) -> None:
-    assert fill_gaps(tags) == filled
-
-
-def test_predictions_are_repaired_as_in_pipelines() -> None:
-    assert repair(["I-a", "I-a", "I-b", "O", "I-b", "B-b", "I-a"]) == "B-a I-a B-b O B-b B-b B-a".split()
-    assert repair(SAME) == SAME
 
 
 # --------------------------------------------------------------------------- checks and draws of whole splits
@@ -432,6 +229,7 @@ def test_a_hub_dataset_is_read_by_its_class_names(monkeypatch: pytest.MonkeyPatc
         ({"dataset_name": "d", "train_file": "f"}, r"both name training data"),
         ({"tokens_column": "t", "tags_column": "t"}, r"--tokens_column and --tags_column are both 't'"),
         ({"shots": 0}, r"--shots 0 must be at least 1"),
+        ({"stride": 200}, r"--stride 200 must be at least 0 and less than --max_seq_length 128"),
         ({"stride": -1}, r"--stride -1 must be at least 0 and less than --max_seq_length 128"),
         ({"stride": 64, "max_seq_length": 64}, r"--stride 64 must be .* less than --max_seq_length 64"),
         ({"tag_names": ["O", "PER"]}, r"--tag_names 'O', 'PER' must be .* the scheme iob2, .*; 'PER' are none"),
@@ -442,6 +240,7 @@ def test_a_hub_dataset_is_read_by_its_class_names(monkeypatch: pytest.MonkeyPatc
 def test_contradictory_arguments_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check_ner_arguments(NerDataArguments(**values))
+    assert [NerDataArguments(max_seq_length=length).stride for length in (128, 16, 1)] == [32, 4, 0]
     check_ner_arguments(NerDataArguments(tag_names=["O", "S-a"], tag_scheme="bioes"))
 
 
@@ -451,6 +250,6 @@ def test_the_arguments_fit_on_one_command_line_with_those_of_the_trainer() -> No
     values = vars(parser.parse_args(words))
     assert (values["tag_names"], values["tag_scheme"]) == (["O", "B-a", "I-a"], "bilou")
     assert (values["label_all_tokens"], values["stride"], values["label_names"]) == (True, 8, ["labels"])
-    assert "text_column" not in parser.names()
+    assert "label_column" not in parser.names()
     with pytest.raises(RecipeError, match=r"invalid choice: 'bio'"):
         parser.parse_args(["--tag_scheme", "bio"])

@@ -1,4 +1,4 @@
-"""Entities in raw text: words and their offsets, agreement with transformers' pipeline, windows, repair."""
+"""Entities in raw text: their places, agreement with transformers' pipeline, windows, repair."""
 
 from __future__ import annotations
 
@@ -27,88 +27,17 @@ if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
 from _ner_align import prepare_tokenizer, tokenize_ner  # noqa: E402
-from _ner_data import NerDataArguments, NerSplit  # noqa: E402
-from _ner_extract import extract, split_words, word_pattern  # noqa: E402
+from _ner_data import NerDataArguments  # noqa: E402
+from _ner_draws import NerSplit  # noqa: E402
+from _ner_extract import extract  # noqa: E402
 from _ner_metrics import SentenceMetrics  # noqa: E402
 from _ner_tags import label_names  # noqa: E402
+from _ner_words import split_words, word_pattern  # noqa: E402
 from _recipe_args import RecipeError  # noqa: E402
 
 from tests.ner_tokenizers import FAMILIES, WORDS, make_tokenizer  # noqa: E402
 
 NAMES = label_names(["DRUG", "LOC"])
-
-
-def words_of(text: str, pattern: str | None = None) -> list[str]:
-    return [text[start:end] for start, end in split_words(text, pattern)]
-
-
-# --------------------------------------------------------------------------- words
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", []),
-        (" \t\r\n\u00a0\u2028", []),
-        ("Aspirin, 3.5 mg/kg.", ["Aspirin", ",", "3", ".", "5", "mg", "/", "kg", "."]),
-        ("((a)-[b])...", ["(", "(", "a", ")", "-", "[", "b", "]", ")", ".", ".", "."]),
-        ("e\u0301te\u0301 naïve", ["e\u0301te\u0301", "naïve"]),  # accents that are characters of their own
-        ("हिन्दी می\u200cخواهم co\u00adop", ["हिन्दी", "می\u200cخواهم", "co\u00adop"]),
-        ("我住在北京。", ["我", "住", "在", "北", "京", "。"]),
-        ("한국어 カタカナ", ["한국어", "カタカナ"]),
-        ("ok👩‍⚕️👍🏽!", ["ok", "👩‍⚕️", "👍🏽", "!"]),
-        ("a_b don't", ["a", "_", "b", "don", "'", "t"]),
-        ("x" * 5000, ["x" * 5000]),
-        ("a\u200bb", ["a", "\u200b", "b"]),
-    ],
-)
-def test_words_of_a_text(text: str, words: list[str]) -> None:
-    assert words_of(text) == words
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_words_are_all_that_is_not_white_space(seed: int) -> None:
-    rng = random.Random(seed)
-    alphabet = [
-        *"abcXYZ019.,-()'@#_",
-        *"é我京カह्दी한",
-        "\u0301",
-        "👩‍⚕️",
-        "👍🏽",
-        " ",
-        "  ",
-        "\n",
-        "\u00a0",
-        "\u200d",
-        "\ufeff",
-    ]
-    patterns = [None, word_pattern([["@ab", "a-b", "1.5", "#x", "9%", "it's"]] * 2)]
-    for _ in range(60):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 40)))
-        for pattern in patterns:
-            end = 0
-            for start, stop in split_words(text, pattern):
-                assert end <= start < stop and not text[end:start].strip() and text[start:stop].strip()
-                end = stop
-            assert not text[end:].strip()
-
-
-def test_marks_belong_to_words_where_they_do_in_the_data() -> None:
-    tokens = "@ann said : non-Hodgkin 's 30% of #tag ( 1,200 ) - e.g. U.S. , don't $ 5 . . . . . . .".split()
-    pattern = word_pattern([tokens, tokens])
-    text = "@bob's T-cell (5%), 3,000 - a #x e.g. U.K. won't $7."
-    expected = "@bob's T-cell ( 5% ) , 3,000 - a #x e.g . U.K . won't $ 7 .".split()
-    assert words_of(text, pattern) == expected
-    # Once is an accident, and nothing seen means that every mark is a word.
-    assert words_of("T-cell", word_pattern([["non-Hodgkin"]])) == ["T", "-", "cell"]
-    assert word_pattern([["a", "-", "b"]]) == word_pattern()
-
-
-@pytest.mark.parametrize("marks", ["]", "^", "\\", "[", "-", "&&", "~~", "|", "--"])
-def test_marks_with_a_meaning_in_expressions_are_taken_as_they_are(marks: str) -> None:
-    pattern = word_pattern([[f"a{marks}b", f"{marks[0]}c", f"d{marks[0]}"]] * 2)
-    text = f"x{marks}y {marks[0]}z w{marks[0]} u+v"
-    assert words_of(text, pattern) == [f"x{marks}y", f"{marks[0]}z", f"w{marks[0]}", "u", "+", "v"]
 
 
 # --------------------------------------------------------------------------- a model that is known by heart
