@@ -13,9 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor
 from .args import L2SPArguments
-from .card import add_l2sp_section
+from .card import add_l2sp_section, write_report
+from .card_scores import scores_by_split
 from .checkpoints import checked_resume, checkpoint_written, model_written
 from .naming import unwrap
+from .publish import push, push_checkpoint, repository_opened
 from .report import HISTORY_KEYS, DriftReport, drift_report, layer_drift, make_report
 from .sentence import is_sentence_model
 from .state import anchor_state
@@ -182,10 +184,48 @@ class L2SPOutputs:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        self._l2sp_complete_card(self.args.output_dir)
+        self._l2sp_complete_card(self.args.output_dir, kwargs)
 
-    def _l2sp_complete_card(self, folder: str) -> None:
+    def _l2sp_complete_card(self, folder: str, about: dict[str, Any] | None = None) -> None:
+        """Adds what L2-SP knows; where it is the final card and not one of a checkpoint, with report and results."""
         if not self._l2sp_on or self.l2sp_anchor is None or not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        if os.path.isfile(os.path.join(folder, "README.md")):  # sentence-transformers goes on without one that failed
-            add_l2sp_section(folder, self.l2sp_drift_report())
+        if not os.path.isfile(os.path.join(folder, "README.md")):
+            return  # sentence-transformers goes on without one that failed
+        report, model = self.l2sp_drift_report(), unwrap(self.model)
+        if about is None or self.is_in_train:
+            add_l2sp_section(folder, report)
+            return
+        # sentence-transformers has its own evaluators and tells their results.
+        scores = None if is_sentence_model(model) else scores_by_split(self.state, folder)
+        add_l2sp_section(folder, report, write_report(folder, report), scores, type(model).__name__, about)
+
+    # --- Hub --------------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with repository_opened(self):
+            super().init_hf_repo(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, with the drift report; what is private stays here (see `hf_l2sp.public`).
+
+        Raises:
+            PushError: The Hub refuses or cannot be reached; the model is saved, and the message says where.
+        """
+        if not self._l2sp_on:
+            kwargs |= {} if private is None else {"private": private}  # unknown to transformers 4
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)  # type: ignore[misc]
+        return push(self, commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._l2sp_on:
+            return super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        push_checkpoint(self, checkpoint_folder)

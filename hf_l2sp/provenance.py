@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -134,7 +136,20 @@ def source_of(bare: nn.Module) -> tuple[str | None, str | None]:
         return None, None
     if os.path.isdir(name):
         return os.path.abspath(name), None
-    return str(name), getattr(bare.config, "_commit_hash", None)
+    # transformers 5.24 no longer notes it.
+    return str(name), getattr(bare.config, "_commit_hash", None) or _cached_commit(str(name), bare)
+
+
+def _cached_commit(source: str, bare: PreTrainedModel) -> str | None:
+    """The commit in the cache whose weights the model has, as it was loaded; that of the main branch comes first."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+    main = folder / "refs" / "main"
+    first = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    for snapshot in sorted(folder.glob("snapshots/*"), key=lambda path: (path.name != first, path.name)):
+        files = SourceFiles.find(str(snapshot), None)
+        if files is not None and files.holds_values_of(bare, base_parameters(bare)):
+            return snapshot.name
+    return None
 
 
 def is_vocabulary(bare: nn.Module, parameter: nn.Parameter) -> bool:

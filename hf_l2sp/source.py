@@ -151,7 +151,7 @@ def _load_pretrained(
     absent = {canonical_name(name) for name in info["missing_keys"]}
     absent |= {canonical_name(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]}
     values = {name: p.detach() for name, p in named_float_parameters(loaded) if name not in absent}
-    return values, getattr(loaded.config, "_commit_hash", None)
+    return values, source_of(loaded)[1]
 
 
 def _load_sentence_model(

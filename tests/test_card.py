@@ -109,6 +109,27 @@ def test_second_call_replaces_the_section(tmp_path):
     assert path.read_text() == card
 
 
+def test_picture_report_and_the_way_to_have_the_anchor_again(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    report = report_of(revision="abc123", exclude=["LayerNorm"])
+    add_l2sp_section(tmp_path, report, ("l2sp_report.json", "l2sp_report.png"))
+    card = (tmp_path / "README.md").read_text()
+    assert "](l2sp_report.png)" in card and "](l2sp_report.json)" in card
+    assert "Anchor.from_pretrained('org/model', model, revision='abc123', exclude=['LayerNorm'])" in card
+    bare = l2sp_section(report_of("/gone/model"))
+    assert "l2sp_report" not in bare and "from_pretrained" not in bare and "\n\n\n" not in bare
+
+
+def test_local_copy_of_the_base_model(tmp_path):
+    card = card_with(tmp_path, report_of("/gone/model"), CARD.replace("license: mit", "base_model: org/base"))
+    assert "| anchor θ0 | a local copy of org/base |" in card
+
+
+def test_data_that_were_made_in_memory(tmp_path):
+    text = CARD + "\nThis model was trained from scratch on the None dataset.\n"
+    assert "This model was fine-tuned on an unknown dataset." in card_with(tmp_path, report_of(), text)
+
+
 @pytest.mark.parametrize("kind", ["absolute", "absolute and gone", "relative", "unknown"])
 def test_no_path_of_the_machine_gets_into_the_card(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
