@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,7 @@ from typing import Any
 import torch
 import transformers
 from _recipe_args import RecipeError, Settings
-from _recipe_launch import (
-    agreed,
-    check_connected,
-    check_layers,
-    choose_device,
-    is_main_process,
-    say,
-    use_all_cores,
-)
+from _recipe_launch import agreed, check_layers, is_main_process, launched_arguments, say
 from _recipe_model import ModelSource, find_model, quiet_loading
 from _recipe_output import (
     check_output_dir,
@@ -29,6 +21,7 @@ from _recipe_output import (
     comparison,
     drop_checkpoints,
     find_checkpoint,
+    lower_is_better,
     result_table,
     write_json,
 )
@@ -51,16 +44,22 @@ class Run:
         task: Name of the task's pipeline.
         data: The data as the model card names them, without paths.
         about: What `comparison.json` records beside the training arguments.
+        options: Further arguments of the pipeline, as the line names them that says how to use the result.
 
     Raises:
         RecipeError: a training argument is wrong or the output folder is in use.
     """
+
+    # What a recipe that trains in another way has in their place.
+    trainer_class = L2SPTrainer
+    arguments_class = L2SPTrainingArguments
 
     settings: Settings
     source: ModelSource
     task: str
     data: str
     about: dict[str, Any]
+    options: str = ""
 
     def __post_init__(self) -> None:
         # Pushed once, when all files are written: Trainer would push from within save_model, before the report.
@@ -68,10 +67,7 @@ class Run:
         self.settings["push_to_hub"] = False
         if self.push and not self.settings["hub_model_id"]:
             self.settings["hub_model_id"] = Path(self.settings["output_dir"]).absolute().name
-        choose_device(self.settings)
-        self.args = self.settings.build(L2SPTrainingArguments)
-        check_connected(self.args)
-        use_all_cores(self.args.device)
+        self.args = launched_arguments(self.settings, self.arguments_class)
         self.output_dir = Path(self.args.output_dir)
         self.checkpoint = agreed(self._find_checkpoint)
         if self.l2sp_on and importlib.util.find_spec("matplotlib") is None:
@@ -79,9 +75,12 @@ class Run:
 
     def _find_checkpoint(self) -> str | None:
         checkpoint = find_checkpoint(self.settings["resume_from_checkpoint"], self.args.output_dir)
-        overwrite, read = self.settings["overwrite_output_dir"], (self.source.path, self.args.l2sp_anchor)
-        check_output_dir(self.args.output_dir, overwrite, checkpoint, read)
+        check_output_dir(self.args.output_dir, self.settings["overwrite_output_dir"], checkpoint, self.reads())
         return checkpoint
+
+    def reads(self) -> tuple[str | None, ...]:
+        """Folders that the run reads models from."""
+        return self.source.path, self.args.l2sp_anchor
 
     @property
     def l2sp_on(self) -> bool:
@@ -99,9 +98,9 @@ class Run:
         if self.args.l2sp_anchor is not None:
             find_model(self.args.l2sp_anchor, "--l2sp_anchor")
         with tempfile.TemporaryDirectory() as folder:
-            args = self.settings.build(L2SPTrainingArguments, output_dir=folder, report_to="none")
+            args = self.settings.build(self.arguments_class, output_dir=folder, report_to="none")
             try:
-                trainer = build(L2SPTrainer, args, {"train": [], "validation": []})
+                trainer = build(self.trainer_class, args, {"train": [], "validation": []})
                 check_layers(trainer.model)
                 if self.l2sp_on:
                     with quiet_loading():
@@ -133,40 +132,69 @@ class Run:
         """
         gc.collect()  # the model of the rehearsal
         if self.settings["overwrite_output_dir"]:
-            agreed(lambda: clear_output_dir(self.args.output_dir))
-        results = {}
-        if self.settings["compare"]:
-            say("\n1 of 2: plain Trainer")
-            results["plain"] = self._plain(build, datasets)
-            say("\n2 of 2: L2-SP")
+            agreed(self.clear)
+        results, datasets = self.beside(build, datasets)
         # Anew for each trainer: this resets what the one before left in accelerate, on which DeepSpeed insists.
-        trainer = build(L2SPTrainer, self.settings.build(L2SPTrainingArguments), datasets)
-        name = "L2-SP" if self.l2sp_on else "lambda 0"
-        results[name] = _train_and_score(trainer, datasets, self.checkpoint)
+        trainer = build(self.trainer_class, self.settings.build(self.arguments_class), datasets)
+        results[self.column()] = _train_and_score(trainer, datasets, self.checkpoint)
         card = self._save(trainer, results)
-        say(f"\n{self._headline()}\n\n{result_table(results)}\n(lower is better for loss and ece)")
+        table = result_table(results, difference=self.settings["compare"])
+        say(f"\n{self.headline()}\n\n{table}\n(lower is better for {lower_is_better(results)})")
         say(f"\nWritten to {self.output_dir}: the model, README.md (model card), all_results.json")
         if self.l2sp_on:
             say("and l2sp_report.png, which shows how far each layer moved from the pretrained weights.")
-        say(f'Use it: transformers.pipeline("{self.task}", model="{self.output_dir}")')
+        say(f'Use it: transformers.pipeline("{self.task}", model="{self.output_dir}"{self.options})')
         # The launcher ends all processes when one fails, be it in leaving: none leaves before the results are written.
         trainer.accelerator.wait_for_everyone()
         if self.push:
             self._push(trainer, card)
         return trainer
 
-    def _plain(self, build: Build, datasets: dict[str, Any]) -> dict[str, Any]:
-        """Scores of `Trainer` with the same arguments; its checkpoints do not outlive it."""
-        folder = self.output_dir / "plain"
-        changes = {} if self.args.load_best_model_at_end else {"save_strategy": "no"}
-        args = self.settings.build(TrainingArguments, output_dir=str(folder), **changes)
-        metrics = _train_and_score(build(Trainer, args, datasets), datasets, None)
+    def column(self) -> str:
+        """What the table calls the model of the run."""
+        return "L2-SP" if self.l2sp_on else "lambda 0"
+
+    def clear(self) -> None:
+        """Deletes what an earlier run wrote."""
+        clear_output_dir(self.args.output_dir)
+
+    def beside(self, build: Build, datasets: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """What is trained before the model: with `--compare` plain `Trainer`.
+
+        Returns:
+            Its scores, by column of the table, and the datasets for the model.
+        """
+        if not self.settings["compare"]:
+            return {}, datasets
+        say("\n1 of 2: plain Trainer")
+        _, scores = self.train_apart("plain", build, Trainer, TrainingArguments, datasets)
+        free_memory()
+        say("\n2 of 2: L2-SP")
+        return {"plain": scores}, datasets
+
+    def train_apart(
+        self,
+        name: str,
+        build: Build,
+        trainer_class: type[Trainer],
+        arguments_class: type[TrainingArguments],
+        datasets: dict[str, Any],
+        **changes: Any,
+    ) -> tuple[Trainer, dict[str, Any]]:
+        """Trains and scores another model with the same arguments but for `changes`.
+
+        It has the folder `name` in the output folder, where its checkpoints do not outlive it.
+        """
+        folder = self.output_dir / name
+        if not self.args.load_best_model_at_end:
+            changes["save_strategy"] = "no"
+        trainer = build(
+            trainer_class, self.settings.build(arguments_class, output_dir=str(folder), **changes), datasets
+        )
+        scores = _train_and_score(trainer, datasets, None)
         if is_main_process():
             drop_checkpoints(folder, remove_empty=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return metrics
+        return trainer, scores
 
     def _save(self, trainer: Trainer, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         trainer.save_model()
@@ -180,10 +208,10 @@ class Run:
             return card
         (*_, metrics) = results.values()
         write_json(self.output_dir / "all_results.json", metrics)
-        if "plain" in results:
+        if self.settings["compare"]:
             model = self.source.base_model or Path(self.source.path).name
             about = {"model": model, "data": self.data, "seed": self.args.seed, **self.about, "config": self._config()}
-            write_json(self.output_dir / "comparison.json", comparison(results["plain"], metrics, **about))
+            write_json(self.output_dir / "comparison.json", {**self.compared(results), **about})
         if report is not None:
             report.save(self.output_dir / "l2sp_report.json")
             report.plot(self.output_dir / "l2sp_report.png")
@@ -191,16 +219,22 @@ class Run:
             say("l2sp_lambda is 0: nothing is anchored, so there is no l2sp_report and no l2sp_state.json.")
         return card
 
+    def compared(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The runs of `comparison.json`, from the scores by column of the table."""
+        plain, l2sp = results.values()
+        return comparison(plain=plain, l2sp=l2sp)
+
     def _config(self) -> dict[str, Any]:
         """The training arguments that decide the result."""
         names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
         names += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "max_grad_norm")
         values = self.args.to_dict()
-        chosen = {name: values[name] for name in (*names, *(n for n in values if n.startswith("l2sp_")))}
+        names += tuple(name for name in values if name.startswith(("l2sp_", "distill_")))
+        chosen = {name: values[name] for name in names}
         versions = {module.__name__: module.__version__ for module in (hf_l2sp, transformers, torch)}
         return {**chosen, "world_size": self.args.world_size, "versions": versions}
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
         args = self.args
         strength = f"lambda {args.l2sp_lambda:g} ({args.l2sp_schedule})" if self.l2sp_on else "lambda 0"
         shots = "all rows" if self.about["shots"] is None else f"{self.about['shots']} shots"
@@ -215,6 +249,13 @@ class Run:
                 f"with 'hf upload {self.args.hub_model_id} {self.output_dir}'."
             ) from error
         say(f"Pushed to the Hub as {trainer.hub_model_id}.")
+
+
+def free_memory() -> None:
+    """Gives back what models hold that are used no more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _Bar(ProgressCallback):
@@ -242,14 +283,15 @@ def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str
     return metrics
 
 
-def header(title: str, run: Run, parameters: int, rows: dict[str, int], labels: list[str]) -> str:
+def header(title: str, run: Run, parameters: int, rows: dict[str, int], labels: Sequence[str] = ()) -> str:
     """The few lines that a run begins with."""
     lines = [
         title,
         f"  model   {run.source.shown}, {parameters / 1e6:.1f}M parameters",
         f"  data    {', '.join(f'{count} {split}' for split, count in rows.items())}",
-        f"  labels  {len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}",
     ]
+    if labels:
+        lines.append(f"  labels  {len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")
     if run.args.world_size > 1:
         batch = run.args.world_size * run.args.train_batch_size * run.args.gradient_accumulation_steps
         lines.append(f"  launch  {run.args.world_size} processes on {run.args.device.type}, {batch} texts per step")

@@ -15,6 +15,8 @@ from _recipe_args import DataArguments, RecipeError, closest
 from _recipe_files import Table, listed, read_file, read_hub_dataset, shown
 
 VALIDATION_SHARE = 0.15
+# \ud800 and the like, which JSON can hold and tokenizers cannot read.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -103,26 +105,10 @@ def load_splits(data: DataArguments, embedded: Path, seed: int) -> tuple[dict[st
 
 def check_split(table: Table, source: str, data: DataArguments) -> Split:
     """Raises `RecipeError` unless `table` has both columns and a text and a label in every row."""
-    columns, values = table
-    for flag, column in (("text_column", data.text_column), ("label_column", data.label_column)):
-        if column not in values and columns:
-            near = closest(column, columns)
-            raise RecipeError(
-                f"{source} has no column {column!r} (--{flag}); it has {listed(columns)}."
-                + (f" Did you mean --{flag} {near}?" if near else "")
-            )
-    if not columns or not values[data.text_column]:
-        raise RecipeError(f"{source} holds no rows; give at least one row per class.")
-    texts, labels = values[data.text_column], values[data.label_column]
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise RecipeError(
-                f"{source}, row {row}: the text is {shown(text)}, a {type(text).__name__}, not a string; is "
-                f"{data.text_column!r} the column of the texts (--text_column)?"
-            )
-    blank = [row for row, text in enumerate(texts, start=1) if not text.strip()]
-    if blank:
-        raise RecipeError(f"{source}: {len(blank)} of {len(texts)} texts are blank (rows {listed(blank)}); drop them.")
+    _check_column(table, source, "text_column", data.text_column)
+    _check_column(table, source, "label_column", data.label_column)
+    texts = check_texts(table, source, data.text_column)
+    labels = table[1][data.label_column]
     names = [label_name(label, f"{source}, row {row}") for row, label in enumerate(labels, start=1)]
     missing = [row for row, name in enumerate(names, start=1) if name is None]
     if missing:
@@ -130,6 +116,39 @@ def check_split(table: Table, source: str, data: DataArguments) -> Split:
             f"{source}: {len(missing)} of {len(names)} labels are missing (rows {listed(missing)}); drop those rows."
         )
     return Split(source, texts, [name for name in names if name is not None])
+
+
+def check_texts(table: Table, source: str, column: str) -> list[str]:
+    """The texts in `column`; raises `RecipeError` unless there is one in every row."""
+    _check_column(table, source, "text_column", column)
+    texts = table[1].get(column)
+    if not texts:
+        raise RecipeError(f"{source} holds no rows; give it some.")
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise RecipeError(
+                f"{source}, row {row}: the text is {shown(text)}, a {type(text).__name__}, not a string; is "
+                f"{column!r} the column of the texts (--text_column)?"
+            )
+        if _SURROGATE.search(text):
+            raise RecipeError(
+                f"{source}, row {row}: the text {shown(text)} holds half a character (a lone surrogate), which is no "
+                "valid Unicode; mend it."
+            )
+    blank = [row for row, text in enumerate(texts, start=1) if not text.strip()]
+    if blank:
+        raise RecipeError(f"{source}: {len(blank)} of {len(texts)} texts are blank (rows {listed(blank)}); drop them.")
+    return texts
+
+
+def _check_column(table: Table, source: str, flag: str, column: str) -> None:
+    columns, values = table
+    if column not in values and columns:
+        near = closest(column, columns)
+        raise RecipeError(
+            f"{source} has no column {column!r} (--{flag}); it has {listed(columns)}."
+            + (f" Did you mean --{flag} {near}?" if near else "")
+        )
 
 
 def label_name(label: Any, where: str) -> str | None:
@@ -214,8 +233,18 @@ def tokenize(
     splits: dict[str, Split], names: list[str], tokenizer: Any, max_length: int
 ) -> tuple[datasets.DatasetDict, str | None]:
     """The splits as datasets of token ids and class ids, and a note about the texts that were cut, if any were."""
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     ids = {name: index for index, name in enumerate(names)}
+    tokenized, told = {}, {}
+    for split, part in splits.items():
+        encoded, told[split] = tokenize_texts(part.texts, tokenizer, max_length, split)
+        column = {"label": [ids[label] for label in part.labels]}
+        labels = datasets.Dataset.from_dict(column, datasets.Features(label=datasets.ClassLabel(names=names)))
+        tokenized[split] = datasets.concatenate_datasets([labels, encoded], axis=1)
+    return datasets.DatasetDict(tokenized), cut_note(told, {s: len(part) for s, part in splits.items()}, max_length)
+
+
+def tokenize_texts(texts: list[str], tokenizer: Any, max_length: int, name: str) -> tuple[datasets.Dataset, int]:
+    """The texts as a dataset of token ids, and how many of them were cut; `name` goes with the progress bar."""
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = dict(tokenizer(batch["text"], verbose=False))
@@ -228,13 +257,12 @@ def tokenize(
                     values[row] = value
         return {**encoded, "too_long": too_long}
 
-    tokenized, told = {}, []
-    for split, part in splits.items():
-        columns = {"text": part.texts, "label": [ids[label] for label in part.labels]}
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        dataset = dataset.map(encode, batched=True, remove_columns="text", desc=f"Tokenizing {split}")
-        cut = sum(dataset["too_long"])
-        tokenized[split] = dataset.remove_columns("too_long")
-        told += [f"{cut} of {len(part)} {split} texts"] if cut else []
-    note = f"{', '.join(told)} are longer than --max_seq_length {max_length} tokens and are cut." if told else None
-    return datasets.DatasetDict(tokenized), note
+    dataset = datasets.Dataset.from_dict({"text": texts})
+    dataset = dataset.map(encode, batched=True, remove_columns="text", desc=f"Tokenizing {name}")
+    return dataset.remove_columns("too_long"), sum(dataset["too_long"])
+
+
+def cut_note(cut: dict[str, int], rows: dict[str, int], max_length: int) -> str | None:
+    """A note about how many of the `rows` of each split were cut, if any were."""
+    told = ", ".join(f"{count} of {rows[split]} {split} texts" for split, count in cut.items() if count)
+    return f"{told} are longer than --max_seq_length {max_length} tokens and are cut." if told else None

@@ -1,11 +1,11 @@
-"""Reading the data of the recipes: csv, json, jsonl and parquet files, and datasets on the Hub."""
+"""Reading the data of the recipes: csv, json, jsonl, parquet and txt files, and datasets on the Hub."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,14 @@ def listed(items: Iterable[Any], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def read_file(path: str | Path, wanted: Sequence[str], flag: str = "") -> Table:
-    """Reads the columns `wanted` of a csv, json, jsonl or parquet file, which the argument `flag` names.
+def read_file(path: str | Path, wanted: Sequence[str], flag: str = "", lines: bool = False) -> Table:
+    """Reads the columns `wanted` of a csv, json, jsonl or parquet file.
+
+    Args:
+        path: Path of the file.
+        wanted: Names of the columns.
+        flag: The argument that names the file.
+        lines: Whether it may also be a txt file, whose lines are the values of the first column.
 
     Raises:
         RecipeError: no such file, an unknown extension, or a content that cannot be read (with the line if known).
@@ -49,6 +55,8 @@ def read_file(path: str | Path, wanted: Sequence[str], flag: str = "") -> Table:
     path = Path(path)
     name = f"{flag} {str(path)!r}".lstrip()
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
+    if lines:
+        readers[".txt"] = _read_lines
     if not path.is_file():
         raise RecipeError(f"{name} {missing_path(path)}")
     reader = readers.get(path.suffix.lower())
@@ -73,7 +81,12 @@ def missing_path(path: Path) -> str:
     return f"does not exist; {f'its folder has {listed(near)}' if near else 'its folder is empty'}."
 
 
-def _read_csv(path: Path, name: str, wanted: Sequence[str]) -> Table:
+def csv_rows(path: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv file one after the other, the header first, each with the line that it ends on.
+
+    Raises:
+        RecipeError: it is no valid CSV, or a row has more or fewer cells than the header.
+    """
     # Not pandas: it turns the texts NA, None and null into missing values, and the label 01 into 1.
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -82,8 +95,7 @@ def _read_csv(path: Path, name: str, wanted: Sequence[str]) -> Table:
             columns = next(reader, [])
             if len(set(columns)) < len(columns):
                 raise RecipeError(f"{name}: the header names a column twice ({listed(columns)}).")
-            found = {column: columns.index(column) for column in wanted if column in columns}
-            values: dict[str, list[Any]] = {column: [] for column in found}
+            yield reader.line_num, columns
             for cells in reader:
                 if not cells:
                     continue  # a blank line
@@ -92,10 +104,19 @@ def _read_csv(path: Path, name: str, wanted: Sequence[str]) -> Table:
                         f"{name}, line {reader.line_num}: {len(cells)} cells, but the header has "
                         f"{len(columns)}; put a text that contains commas or line breaks in double quotes."
                     )
-                for column, index in found.items():
-                    values[column].append(cells[index])
+                yield reader.line_num, cells
         except csv.Error as error:
             raise RecipeError(f"{name}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _read_csv(path: Path, name: str, wanted: Sequence[str]) -> Table:
+    rows = csv_rows(path, name)
+    _, columns = next(rows)
+    found = {column: columns.index(column) for column in wanted if column in columns}
+    values: dict[str, list[Any]] = {column: [] for column in found}
+    for _, cells in rows:
+        for column, index in found.items():
+            values[column].append(cells[index])
     return columns, values
 
 
@@ -122,6 +143,12 @@ def _read_json(path: Path, name: str, wanted: Sequence[str]) -> Table:
             )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return columns, {column: [row.get(column) for row in rows] for column in wanted if column in columns}
+
+
+def _read_lines(path: Path, name: str, wanted: Sequence[str]) -> Table:
+    # Not str.splitlines, which also cuts at separators that a text may hold.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [wanted[0]], {wanted[0]: lines[:-1] if lines[-1] == "" else lines}
 
 
 def _read_parquet(path: Path, name: str, wanted: Sequence[str]) -> Table:
@@ -166,7 +193,16 @@ def reach_hub(repo_id: str, repo_type: str) -> str:
 
 
 def read_hub_dataset(name: str, config: str | None, wanted: Sequence[str]) -> dict[str, Table]:
-    """Reads the columns `wanted` of the training, validation and test split of a dataset on the Hub.
+    """Reads the columns `wanted` of the splits of a dataset on the Hub; raises `RecipeError` as `hub_splits` does."""
+    tables: dict[str, Table] = {}
+    for split, part in hub_splits(name, config).items():
+        found = [column for column in wanted if column in part.column_names]
+        tables[split] = part.column_names, {c: _named(part.features[c], list(part[c])) for c in found}
+    return tables
+
+
+def hub_splits(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    """The training split of a dataset on the Hub, and the validation and test split where it has them.
 
     Raises:
         RecipeError: the dataset does not exist, cannot be reached or has no training split.
@@ -186,11 +222,7 @@ def read_hub_dataset(name: str, config: str | None, wanted: Sequence[str]) -> di
                 "Without network, give local files with --train_file, or neither for the embedded data."
             ) from error
         raise RecipeError(f"--dataset_name {name!r} cannot be loaded: {error}") from error
-    tables: dict[str, Table] = {}
-    for split, names in SPLIT_NAMES.items():
-        for part in [loaded[n] for n in names if n in loaded][:1]:
-            found = [column for column in wanted if column in part.column_names]
-            tables[split] = part.column_names, {c: _named(part.features[c], list(part[c])) for c in found}
-    if "train" not in tables:
+    found = {split: [loaded[n] for n in names if n in loaded] for split, names in SPLIT_NAMES.items()}
+    if not found["train"]:
         raise RecipeError(f"--dataset_name {name!r} has no training split; it has {listed(loaded)}.")
-    return tables
+    return {split: parts[0] for split, parts in found.items() if parts}

@@ -85,7 +85,7 @@ def use_all_cores(device: torch.device) -> None:
 # --------------------------------------------------------------------------- several processes
 
 
-def _sharding() -> str | None:
+def sharding() -> str | None:
     """The sharding that the launcher asks for."""
     for name in ("FSDP", "DeepSpeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
@@ -100,7 +100,7 @@ def choose_device(settings: Settings) -> None:
     `accelerate launch` cannot tell it to (the `use_cpu` of its configuration stays with the launcher).
     """
     available = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    if started_processes() > 1 and not available and _sharding() is None:
+    if started_processes() > 1 and not available and sharding() is None:
         settings["use_cpu"] = True
 
 
@@ -109,11 +109,11 @@ def check_connected(args: TrainingArguments) -> None:
     started = started_processes()
     if started == 1:
         return
-    kind, sharding = args.distributed_state.distributed_type, _sharding()
+    kind, asked = args.distributed_state.distributed_type, sharding()
     apart = kind == DistributedType.NO or args.world_size != started
-    if sharding is not None and (apart or kind == DistributedType.MULTI_CPU):
+    if asked is not None and (apart or kind == DistributedType.MULTI_CPU):
         raise RecipeError(
-            f"the launch asks for {sharding}, but its {started} processes run on the CPU; it takes a GPU for each. "
+            f"the launch asks for {asked}, but its {started} processes run on the CPU; it takes a GPU for each. "
             "For several processes on the CPU use recipes/configs/accelerate/cpu_ddp.yaml."
         )
     if apart:
@@ -123,9 +123,22 @@ def check_connected(args: TrainingArguments) -> None:
         )
 
 
+def launched_arguments(settings: Settings, arguments_class: type[TrainingArguments], **changes: Any) -> Any:
+    """The training arguments of a run, made ready for the device and the processes that it was started on.
+
+    Raises:
+        RecipeError: a value is wrong, or the processes are not connected as the launch asks for.
+    """
+    choose_device(settings)
+    args = settings.build(arguments_class, **changes)
+    check_connected(args)
+    use_all_cores(args.device)
+    return args
+
+
 def check_layers(model: nn.Module) -> None:
     """Raises `RecipeError` if the launch asks FSDP to wrap layers of a class that `model` lacks."""
-    wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if _sharding() == "FSDP" else ""
+    wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if sharding() == "FSDP" else ""
     present = {type(module).__name__ for module in model.modules()}
     missing = [name.strip() for name in wanted.split(",") if name.strip() not in present | {""}]
     if missing:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from _recipe_args import RecipeError
-from _recipe_files import missing_path, reach_hub
+from _recipe_files import listed, missing_path, reach_hub
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
@@ -46,6 +46,7 @@ class ModelSource:
     shown: str
     base_model: str | None  # its Hub id, for the model card; None for a local folder
     licence: str | None = None  # None: looked up on the Hub
+    flag: str = "--model_name_or_path"  # the argument that names it
 
 
 def find_model(name: str | None, flag: str = "--model_name_or_path") -> ModelSource:
@@ -62,10 +63,10 @@ def find_model(name: str | None, flag: str = "--model_name_or_path") -> ModelSou
                 "--model_name_or_path."
             )
         path = os.path.join(os.path.dirname(spec.origin), "model")
-        return ModelSource(path, "all-MiniLM-L6-v2 (embedded)", EMBEDDED_BASE_MODEL, "apache-2.0")
+        return ModelSource(path, "all-MiniLM-L6-v2 (embedded)", EMBEDDED_BASE_MODEL, "apache-2.0", flag)
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelSource(str(path), name, None)
+        return ModelSource(str(path), name, None, flag=flag)
     if path.is_file():
         raise RecipeError(f"{flag} {name!r} is a file; give the folder that holds config.json and the weights.")
     # `models/bert` beside an existing folder `models` is a mistyped path rather than a Hub id.
@@ -81,16 +82,16 @@ def find_model(name: str | None, flag: str = "--model_name_or_path") -> ModelSou
             f"{flag} {name!r} is neither a local folder nor a model on the Hub, or it is private (then log in with "
             "'hf auth login')."
         )
-    return ModelSource(name, name, name)
+    return ModelSource(name, name, name, flag=flag)
 
 
 def _refused_model(source: ModelSource, what: str, error: Exception) -> RecipeError:
     if source.base_model == source.path and constants.HF_HUB_OFFLINE:
         return RecipeError(
-            f"--model_name_or_path {source.path!r}: the Hub cannot be reached and the model is not in the local "
+            f"{source.flag} {source.path!r}: the Hub cannot be reached and the model is not in the local "
             "cache. Without network, give a local folder, or leave the argument out for the embedded model."
         )
-    return RecipeError(f"--model_name_or_path {source.shown!r}: {what} cannot be loaded: {error}")
+    return RecipeError(f"{source.flag} {source.shown!r}: {what} cannot be loaded: {error}")
 
 
 def load_config(source: ModelSource, **changes: Any) -> PretrainedConfig:
@@ -102,7 +103,7 @@ def load_config(source: ModelSource, **changes: Any) -> PretrainedConfig:
         raise _refused_model(source, "its config.json", error) from error
 
 
-def load_tokenizer(source: ModelSource, config: PretrainedConfig, max_length: int) -> Any:
+def load_tokenizer(source: ModelSource, config: PretrainedConfig, max_length: int = 1) -> Any:
     """The model's tokenizer, checked against the model and the length wanted.
 
     Raises:
@@ -116,17 +117,17 @@ def load_tokenizer(source: ModelSource, config: PretrainedConfig, max_length: in
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # transformers 5 makes an empty tokenizer up where there is none.
         raise RecipeError(
-            f"--model_name_or_path {source.shown!r} has no tokenizer (no tokenizer.json, vocabulary or the like); "
+            f"{source.flag} {source.shown!r} has no tokenizer (no tokenizer.json, vocabulary or the like); "
             "save one into that folder with tokenizer.save_pretrained, or give a model that has one."
         )
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(
-            f"--model_name_or_path {source.shown!r}: its tokenizer has {len(tokenizer)} tokens, but the model only "
+            f"{source.flag} {source.shown!r}: its tokenizer has {len(tokenizer)} tokens, but the model only "
             f"{config.vocab_size}; the folder mixes two models."
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise RecipeError(f"--model_name_or_path {source.shown!r}: its tokenizer has no padding token; add one.")
+            raise RecipeError(f"{source.flag} {source.shown!r}: its tokenizer has no padding token; add one.")
         tokenizer.pad_token = tokenizer.eos_token
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -150,3 +151,41 @@ def load_model(auto_class: Any, source: ModelSource, config: PretrainedConfig) -
             return auto_class.from_pretrained(source.path, config=config, ignore_mismatched_sizes=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise _refused_model(source, "its weights", error) from error
+
+
+def load_trained_model(auto_class: Any, source: ModelSource, config: PretrainedConfig, head: str, advice: str) -> Any:
+    """The model as it was trained, its head included, for use as it is.
+
+    Args:
+        auto_class: Class of the task.
+        source: Where it comes from.
+        config: Its configuration.
+        head: What the head is called in messages.
+        advice: Which model to give instead of one whose head was never trained.
+
+    Raises:
+        RecipeError: it cannot be loaded, or its files lack some of its weights, which would be random.
+    """
+    try:
+        with quiet_loading():
+            model, loading = auto_class.from_pretrained(
+                source.path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _refused_model(source, "its weights", error) from error
+    # Names, in transformers 5 those of another shape with both shapes.
+    misfits = [name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]]
+    lacking = sorted({*loading["missing_keys"], *misfits})
+    if lacking:
+        raise RecipeError(
+            f"{source.flag} {source.shown!r} has no trained {head}: its files lack {listed(lacking, 3)}, and it would "
+            f"guess at random. {advice}"
+        )
+    return model
+
+
+def check_task(model: Any, source: ModelSource, what: str, advice: str) -> None:
+    """Raises `RecipeError` if the model was saved as one of another task, whose head has weights of the same names."""
+    named = model.config.architectures or [type(model).__name__]
+    if type(model).__name__ not in named:
+        raise RecipeError(f"{source.flag} {source.shown!r} is a {named[0]}, no {what}. {advice}")

@@ -12,12 +12,14 @@ from typing import Any
 
 from _recipe_args import RecipeError
 from _recipe_files import listed
-from transformers.trainer_utils import get_last_checkpoint
+from _recipe_launch import say
+
+from hf_l2sp.checkpoints import checkpoints_in, last_complete, why_incomplete
 
 # What a recipe or its Trainer writes: nothing else is ever deleted.
 _OWN_FILES = re.compile(
     r"README\.md|(all|train|eval|test)_results\.json|comparison\.json|trainer_state\.json|training_args\.bin"
-    r"|l2sp_(state\.json|report\.json|report\.png)|config\.json|generation_config\.json"
+    r"|l2sp_(state\.json|report\.json|report\.png)|perplexity\.png|config\.json|generation_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
     r"|vocab\.(txt|json)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
@@ -97,27 +99,39 @@ def drop_checkpoints(folder: Path, remove_empty: bool = False) -> None:
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
-    """Folder of the checkpoint that `--resume_from_checkpoint` means: a path, or true for the last one.
+    """Folder of the checkpoint that `--resume_from_checkpoint` means: a path, or true for the last complete one.
+
+    A process that is killed while it saves leaves a checkpoint that is not complete. It is passed over, which is said.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or the one that was named is not complete.
     """
     if resume is None or resume.lower() in ("false", "no", "none", ""):
         return None
     if resume.lower() not in ("true", "yes"):
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise RecipeError(
-                f"--resume_from_checkpoint {resume!r} is not the folder of a checkpoint (no trainer_state.json in "
-                "it); give one such as 'OUTPUT_DIR/checkpoint-500', or no value for the last one."
-            )
-        return resume
-    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if checkpoint is None:
+        return _named_checkpoint(resume)
+    last, skipped = last_complete(checkpoints_in(output_dir))
+    told = "; ".join(f"{path!r} is not complete ({cause})" for path, cause in skipped.items())
+    if last is None:
         raise RecipeError(
-            f"--resume_from_checkpoint: --output_dir {output_dir!r} has no checkpoint to go on from; leave the flag "
-            "out to start anew."
+            f"--resume_from_checkpoint: --output_dir {output_dir!r} has no checkpoint to go on from"
+            + (f": {told}. Delete what is there" if told else "; leave the flag out")
+            + " to start anew."
         )
-    return checkpoint
+    if told:
+        say(f"{told}: training goes on from {last!r}, the last complete checkpoint.")
+    return last
+
+
+def _named_checkpoint(path: str) -> str:
+    cause = why_incomplete(path) if Path(path).is_dir() else "there is no such folder"
+    if cause is None:
+        return path
+    beside, _ = last_complete(checkpoints_in(Path(path).absolute().parent))
+    raise RecipeError(
+        f"--resume_from_checkpoint {path!r} is not the folder of a complete checkpoint: {cause}. "
+        + (f"The last complete one there is {beside!r}." if beside else "Leave the flag out to start anew.")
+    )
 
 
 # --------------------------------------------------------------------------- results
@@ -131,16 +145,29 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys([*first, *names]) if not name.endswith(aside)]
 
 
-def result_table(results: dict[str, dict[str, Any]]) -> str:
-    """The scores of each run as aligned text, with a column of differences where there are two runs."""
+def lower_is_better(results: dict[str, dict[str, Any]]) -> str:
+    """Which of the scores in the table are better when they are lower, in words."""
+    names = {name for metrics in results.values() for name in score_names(metrics)}
+    kinds = [kind for kind in ("loss", "perplexity", "ece") if any(name.endswith(f"_{kind}") for name in names)]
+    return " and ".join(kinds)
+
+
+def result_table(results: dict[str, dict[str, Any]], difference: bool | None = None) -> str:
+    """The scores of each run as aligned text; what a run lacks is a dash.
+
+    Args:
+        results: Scores by name of the run.
+        difference: Whether a column says by how much the last run differs from the first. Default: if there are two.
+    """
     runs = list(results)
     first, last = results[runs[0]], results[runs[-1]]
-    rows = [["", *runs, *(["difference"] if len(runs) > 1 else [])]]
+    difference = len(runs) > 1 if difference is None else difference
+    rows = [["", *runs, *(["difference"] if difference else [])]]
     for name in score_names(last):
-        row = [name, *(f"{results[run][name]:.4f}" for run in runs)]
-        rows.append(row + ([f"{last[name] - first[name]:+.4f}"] if len(runs) > 1 else []))
-    seconds = [f"{results[run]['train_runtime']:.1f} s" for run in runs]
-    rows.append(["train_runtime", *seconds, *([""] if len(runs) > 1 else [])])
+        row = [name, *(f"{results[run][name]:.4f}" if name in results[run] else "-" for run in runs)]
+        rows.append(row + ([f"{last[name] - first[name]:+.4f}"] if difference else []))
+    seconds = [f"{results[run]['train_runtime']:.1f} s" if "train_runtime" in results[run] else "-" for run in runs]
+    rows.append(["train_runtime", *seconds, *([""] if difference else [])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -154,8 +181,12 @@ def result_table(results: dict[str, dict[str, Any]]) -> str:
 
 def comparison(plain: dict[str, Any], l2sp: dict[str, Any], **about: Any) -> dict[str, Any]:
     """Content of `comparison.json`: both runs, l2sp - plain for every score, and what the runs had in common."""
-    difference = {name: l2sp[name] - plain[name] for name in score_names(l2sp) if name in plain}
-    return {"plain": plain, "l2sp": l2sp, "difference": difference, **about}
+    return {"plain": plain, "l2sp": l2sp, "difference": differences(plain, l2sp), **about}
+
+
+def differences(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """By how much the scores of `last` differ from those of `first`."""
+    return {name: last[name] - first[name] for name in score_names(last) if name in first}
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -13,21 +13,26 @@ on data of your own (csv, json, jsonl or parquet with a text and a label column)
     accelerate launch recipes/medical_textcls.py --train_file train.csv --test_file test.csv \
         --model_name_or_path emilyalsentzer/Bio_ClinicalBERT --output_dir outputs/mine
 
+to predict unlabelled texts too (csv, json, jsonl or parquet with a text column, or txt with a text a line):
+
+    accelerate launch recipes/medical_textcls.py --predict_file new.txt --predict_output predictions.jsonl
+
+later, with the model of that run, without training:
+
+    accelerate launch recipes/medical_textcls.py --predict_only --model_name_or_path outputs/medical_textcls \
+        --predict_file new.txt --predict_output predictions.jsonl
+
+with edited copies of the training notes beside them: --augment swap delete --augment_copies 2
+
 or with the arguments in a file: --config recipes/configs/medical_textcls.yaml. --help lists them all.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from _recipe import Run, header
-from _recipe_args import DataArguments, ModelArguments, RecipeParser, RecipeTrainingArguments
-from _recipe_data import check_data_arguments, label_order, load_splits, to_model_order, tokenize
-from _recipe_launch import loss_note, one_line_errors, say
-from _recipe_model import find_model, load_config, load_model, load_tokenizer
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
-
-from hf_l2sp.metrics import compute_classification_metrics
+from _recipe_args import RecipeParser, RecipeTrainingArguments
+from _recipe_launch import one_line_errors
+from _textcls import Task, run_textcls, textcls_parser
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "clinical_notes"
 
@@ -52,57 +57,12 @@ class MedicalTrainingArguments(RecipeTrainingArguments):
 
 
 def make_parser() -> RecipeParser:
-    return RecipeParser((ModelArguments, DataArguments, MedicalTrainingArguments), description=__doc__)
+    return textcls_parser(MedicalTrainingArguments, __doc__)
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, settings = make_parser().parse(argv)
-
-    # Everything that can be refused is refused here, before any text is tokenized.
-    check_data_arguments(data_args)
-    source = find_model(model_args.model_name_or_path)
-    data = data_args.dataset_name or ("local" if data_args.train_file else "embedded clinical notes")
-    about = {"shots": data_args.shots, "max_seq_length": data_args.max_seq_length}
-    run = Run(settings, source, "text-classification", data, about)
-    with run.args.main_process_first(desc="loading the data"):  # a dataset on the Hub is fetched once
-        splits, notes = load_splits(data_args, EMBEDDED_DATA, settings["seed"])
-    config = load_config(source)
-    names = to_model_order(label_order(splits["train"].labels), config)
-    config = load_config(
-        source,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        problem_type="single_label_classification",
-    )
-    tokenizer = load_tokenizer(source, config, data_args.max_seq_length)
-
-    def build(trainer_class: type[Trainer], arguments: Any, datasets: dict[str, Any]) -> Trainer:
-        set_seed(arguments.seed)  # the new head of both runs of --compare starts from the same values
-        model = load_model(AutoModelForSequenceClassification, source, config)
-        # Sequence classification heads of transformers 5 take num_items_in_batch and ignore it, and Trainer then
-        # does not divide by the accumulation steps: the task gradient would be that many times too large
-        # (https://github.com/huggingface/transformers/issues/47688). Remove when that is fixed.
-        model.accepts_loss_kwargs = False
-        return trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["validation"],
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=compute_classification_metrics,
-        )
-
-    parameters = run.rehearse(build)
-    rows = {split: len(part) for split, part in splits.items()}
-    say(header("Text classification", run, parameters, rows, names))
-    datasets, cut_note = tokenize(splits, names, tokenizer, data_args.max_seq_length)
-    for note in (*notes, cut_note, loss_note(run.args, rows)):
-        if note is not None:
-            say(f"  note    {note}")
-    run(build, datasets)
+    run_textcls(make_parser(), argv, Task("Text classification", EMBEDDED_DATA, "embedded clinical notes"))
 
 
 if __name__ == "__main__":

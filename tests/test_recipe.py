@@ -19,8 +19,17 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
+import legal_textcls  # noqa: E402
 import medical_textcls  # noqa: E402
-from _recipe_args import DataArguments, RecipeError, RecipeTrainingArguments, Settings  # noqa: E402
+import sentiment  # noqa: E402
+from _recipe_args import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    RecipeError,
+    RecipeParser,
+    RecipeTrainingArguments,
+    Settings,
+)
 from _recipe_launch import one_line_errors, use_all_cores  # noqa: E402
 from _recipe_output import (  # noqa: E402
     check_output_dir,
@@ -28,12 +37,20 @@ from _recipe_output import (  # noqa: E402
     comparison,
     find_checkpoint,
     result_table,
+    score_names,
     write_json,
 )
 
+TEXTCLS = {
+    "medical_textcls": (medical_textcls, medical_textcls.MedicalTrainingArguments),
+    "sentiment": (sentiment, sentiment.SentimentTrainingArguments),
+    "legal_textcls": (legal_textcls, legal_textcls.LegalTrainingArguments),
+}
+
 
 def parse(*argv: str) -> tuple[Any, DataArguments, Settings]:
-    return medical_textcls.make_parser().parse(list(argv))
+    model, data, *_, settings = medical_textcls.make_parser().parse(list(argv))
+    return model, data, settings
 
 
 # --------------------------------------------------------------------------- arguments and YAML
@@ -50,7 +67,7 @@ def test_without_arguments_the_documented_defaults_hold() -> None:
     ("arguments_class", "parent"),
     [
         (RecipeTrainingArguments, L2SPTrainingArguments),
-        (medical_textcls.MedicalTrainingArguments, RecipeTrainingArguments),
+        *((arguments_class, RecipeTrainingArguments) for _, arguments_class in TEXTCLS.values()),
     ],
 )
 def test_the_docstring_names_every_default_that_differs_with_its_value(arguments_class: Any, parent: Any) -> None:
@@ -83,10 +100,41 @@ def test_yaml_lies_under_the_command_line(tmp_path: Path) -> None:
         assert settings.build(L2SPTrainingArguments, output_dir=str(tmp_path)).l2sp_weights == {"embeddings": 0.5}
 
 
-def test_the_yaml_file_of_the_recipe_is_understood() -> None:
-    model, data, settings = parse("--config", str(RECIPES / "configs" / "medical_textcls.yaml"), "--compare")
+@pytest.mark.parametrize("name", TEXTCLS)
+def test_the_yaml_file_of_the_recipe_is_understood(name: str) -> None:
+    path = RECIPES / "configs" / f"{name}.yaml"
+    assert f"#   accelerate launch recipes/{name}.py --config recipes/configs/{name}.yaml\n" in path.read_text()
+    _, data, *_, settings = TEXTCLS[name][0].make_parser().parse(["--config", str(path), "--compare"])
     assert data.train_file == "data/train.csv" and settings["learning_rate"] == 5e-5 and settings["compare"]
     assert settings.build(L2SPTrainingArguments).load_best_model_at_end
+
+
+@dataclasses.dataclass
+class Extra:
+    """What a recipe may add."""
+
+    colour: str = "red"
+    sizes: list[int] | None = None
+    fixed: int = dataclasses.field(default=3, init=False)
+
+
+def test_every_dataclass_of_a_parser_gets_its_values_and_the_last_one_its_settings(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("colour: green\nsizes: [1, 2]\nshots: 4\n")
+    parser = RecipeParser((Extra, ModelArguments, DataArguments, RecipeTrainingArguments))
+    extra, model, data, settings = parser.parse(
+        ["--config", str(config), "--sizes", "7", "8", "9", "--model_name_or_path", "m", "--seed", "5"]
+    )
+    assert (type(extra), type(model), type(data), type(settings)) == (Extra, ModelArguments, DataArguments, Settings)
+    assert (extra.colour, extra.sizes, extra.fixed) == ("green", [7, 8, 9], 3)
+    assert model.model_name_or_path == "m" and data.shots == 4 and settings["seed"] == 5
+    assert not {"colour", "sizes", "shots", "model_name_or_path"} & set(settings)
+    assert set(settings) == {f.name for f in dataclasses.fields(RecipeTrainingArguments) if f.init}
+    assert parser.parse([])[0] == Extra(), "what is not given has its default"
+    assert len(RecipeParser((RecipeTrainingArguments,)).parse([])) == 1
+    for argv, message in ((["--fixed", "4"], r"unknown argument '--fixed'"), (["--colr=red"], r"mean --colour\?")):
+        with pytest.raises(RecipeError, match=message):
+            parser.parse(argv)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +184,8 @@ def test_help_lists_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         medical_textcls.main(["--help"])
     text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--config", "--shots", "--compare", "--l2sp_lambda", "15%"))
+    flags = ("--config", "--shots", "--compare", "--l2sp_lambda", "--augment", "--predict_file", "15%")
+    assert all(flag in text for flag in flags)
 
 
 def test_only_a_recipe_error_loses_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,16 +269,56 @@ def test_what_the_run_reads_is_not_overwritten(tmp_path: Path) -> None:
         check_output_dir(str(tmp_path / "my_notes.md"), False, None)
 
 
-def test_the_checkpoint_to_resume_from_is_found(tmp_path: Path) -> None:
-    earlier_run(tmp_path)
-    assert find_checkpoint(None, str(tmp_path)) is None
-    assert find_checkpoint("false", str(tmp_path)) is None
-    assert find_checkpoint("True", str(tmp_path)) == str(tmp_path / "checkpoint-9")
-    assert find_checkpoint(str(tmp_path / "checkpoint-5"), "elsewhere") == str(tmp_path / "checkpoint-5")
-    with pytest.raises(RecipeError, match=r"is not the folder of a checkpoint"):
+def checkpoint(folder: Path, complete: bool | None = True, trainer_state: str | None = "{}") -> str:
+    """A checkpoint that has or lacks the mark of L2-SP (`None`: none) and what Trainer writes last."""
+    folder.mkdir(parents=True)
+    if complete is not None:
+        anchor = {"source": None, "revision": None, "fingerprint": "f", "entries": {}}
+        write_json(folder / "l2sp_state.json", {"format_version": 1, "complete": complete, "anchor": anchor})
+    if trainer_state is not None:
+        (folder / "trainer_state.json").write_text(trainer_state)
+    return str(folder)
+
+
+def test_the_checkpoint_to_resume_from_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, last = checkpoint(tmp_path / "checkpoint-5", None), checkpoint(tmp_path / "checkpoint-12")
+    checkpoint(tmp_path / "checkpoint-mine")
+    for switched_off in (None, "false", "None"):
+        assert find_checkpoint(switched_off, str(tmp_path)) is None
+    assert find_checkpoint("True", str(tmp_path)) == last, "12 is after 5"
+    assert find_checkpoint(plain, "elsewhere") == plain
+    assert capsys.readouterr().out == ""
+    with pytest.raises(RecipeError, match=r"'checkpoint-77' is not the folder of a complete .*: there is no such"):
         find_checkpoint("checkpoint-77", str(tmp_path))
-    with pytest.raises(RecipeError, match=r"has no checkpoint to go on from"):
+    with pytest.raises(RecipeError, match=r"has no checkpoint to go on from; leave the flag out to start anew"):
         find_checkpoint("True", str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("killed", "cause"),
+    [
+        ({"complete": False, "trainer_state": None}, r"the process that wrote it ended before it was done"),
+        ({"complete": False}, r"the process that wrote it ended before it was done"),
+        ({"complete": None, "trainer_state": None}, r"it has no trainer_state\.json"),
+        ({"complete": None, "trainer_state": '{"epo'}, r"its trainer_state\.json cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_writer_was_killed_is_passed_over(
+    killed: dict[str, Any], cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = checkpoint(tmp_path / "checkpoint-5")
+    half = checkpoint(tmp_path / "checkpoint-10", **killed)
+    assert find_checkpoint("True", str(tmp_path)) == whole
+    told = capsys.readouterr().out
+    assert re.search(rf"'.*checkpoint-10' is not complete \({cause}.*\): training goes on from '.*checkpoint-5'", told)
+    with pytest.raises(RecipeError, match=rf"(?s)checkpoint-10' is not .*{cause}.*last complete one there is .*-5'"):
+        find_checkpoint(half, str(tmp_path))
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    with pytest.raises(
+        RecipeError, match=rf"no checkpoint to go on from: .*-10'.*{cause}.*-5' .*Delete what is there"
+    ):
+        find_checkpoint("True", str(tmp_path))
 
 
 def test_the_table_and_the_comparison_show_scores_alone(tmp_path: Path) -> None:
@@ -252,3 +341,24 @@ def test_the_table_and_the_comparison_show_scores_alone(tmp_path: Path) -> None:
     }
     write_json(tmp_path / "c.json", {"a": [float("nan")], "b": {"c": float("inf"), "d": 1.5}})
     assert json.loads((tmp_path / "c.json").read_text()) == {"a": [None], "b": {"c": None, "d": 1.5}}
+
+
+def test_scores_are_named_validation_first_and_without_the_rest() -> None:
+    metrics = {
+        "hard_f1": 0.1,
+        "train_runtime": 9.0,
+        "train_loss": 0.3,
+        "total_flos": 1e9,
+        "epoch": 2.0,
+        "test_f1": 0.2,
+        "test_samples_per_second": 4.0,
+        "test_steps_per_second": 4.0,
+        "eval_f1": 0.3,
+        "eval_runtime": 1.0,
+        "eval_model_preparation_time": 0.1,
+        "eval_samples": 12,
+        "hard_samples": 12,
+        "training_f1": 0.5,
+    }
+    assert score_names(metrics) == ["eval_f1", "test_f1", "hard_f1", "training_f1"]
+    assert score_names({}) == []

@@ -17,7 +17,9 @@ if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
 import _recipe_files  # noqa: E402
+import legal_textcls  # noqa: E402
 import medical_textcls  # noqa: E402
+import sentiment  # noqa: E402
 from _recipe_args import DataArguments, RecipeError  # noqa: E402
 from _recipe_data import (  # noqa: E402
     Split,
@@ -90,6 +92,21 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes,
         read_file(path, COLUMNS)
 
 
+def test_lines_of_a_text_file_are_rows_where_that_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for content in (
+        "\ufeffone\ntwo \u2028 \x0b too\nthree",
+        "one\ntwo \u2028 \x0b too\nthree\n",
+        "one\r\ntwo \u2028 \x0b too\r\nthree",
+    ):
+        path.write_bytes(content.encode())
+        assert read_file(path, ("text",), lines=True) == (["text"], {"text": ["one", "two \u2028 \x0b too", "three"]})
+    path.write_text("")
+    assert read_file(path, ("text",), lines=True) == (["text"], {"text": []})
+    with pytest.raises(RecipeError, match=r"extension '\.md'; give one of .*\.parquet, \.txt\."):
+        read_file(path.rename(tmp_path / "a.md"), ("text",), lines=True)
+
+
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "train.csv").touch()
     (tmp_path / "notes.md").touch()
@@ -114,6 +131,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         ({"text": [], "label": []}, r"x holds no rows"),
         ({"text": ["a", 5], "label": ["1", "2"]}, r"x, row 2: the text is 5, a int, not a string"),
         ({"text": ["a", None], "label": ["1", "2"]}, r"x, row 2: the text is None"),
+        ({"text": ["a", "b\ud83d"], "label": ["1", "2"]}, r"x, row 2: the text 'b\\ud83d' holds half a character"),
         ({"text": ["a", " \n", ""], "label": ["1", "2", "2"]}, r"x: 2 of 3 texts are blank \(rows 2, 3\)"),
         ({"text": ["a", "b"], "label": ["1", None]}, r"x: 1 of 2 labels are missing \(rows 2\)"),
         ({"text": ["a", "b"], "label": [float("nan"), ""]}, r"x: 2 of 2 labels are missing \(rows 1, 2\)"),
@@ -196,10 +214,24 @@ def test_texts_shared_by_training_and_test_are_reported(tmp_path: Path) -> None:
     assert "1 test texts are training texts too; results on them flatter the model." in notes
 
 
-def test_embedded_data_are_the_documented_ones() -> None:
-    splits, notes = load_splits(DataArguments(), medical_textcls.EMBEDDED_DATA, seed=42)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 160, "validation": 80, "test": 240}
-    assert len(label_order(splits["train"].labels)) == 8 and notes == []
+@pytest.mark.parametrize("recipe", [medical_textcls, sentiment, legal_textcls], ids=lambda recipe: recipe.__name__)
+def test_embedded_data_are_the_documented_ones(recipe: Any) -> None:
+    splits, notes = load_splits(DataArguments(), recipe.EMBEDDED_DATA, seed=42)
+    assert notes == [], "no text of the training data is in another split"
+    told = (recipe.EMBEDDED_DATA / "README.md").read_text(encoding="utf-8")
+    labels = re.findall(r"^\| ([a-z_]+) \|", told, re.MULTILINE)[1:]
+    numbers = re.search(
+        r"^(\d+) short.*Splits: (\d+) tr\D*(\d+) va\D*(\d+) .*? (\d+) to (\d+) words", told, re.DOTALL | re.M
+    )
+    assert numbers is not None
+    total, *counts, shortest, longest = map(int, numbers.groups())
+    assert sum(len(split) for split in splits.values()) == total >= 240
+    for split, count in zip(("train", "validation", "test"), counts, strict=True):
+        assert Counter(splits[split].labels) == dict.fromkeys(labels, count), split
+    texts = [" ".join(text.casefold().split()) for split in splits.values() for text in split.texts]
+    assert len(set(texts)) == len(texts), "a text is there twice"
+    words = [len(text.split()) for text in texts]
+    assert shortest <= min(words) and max(words) <= longest
 
 
 def test_a_hub_dataset_is_read_by_its_class_names(monkeypatch: pytest.MonkeyPatch) -> None:

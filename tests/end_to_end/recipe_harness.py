@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ if str(RECIPES) not in sys.path:
 CONFIGS = RECIPES / "configs" / "accelerate"
 WORDS = {"heart": "pulse valve aorta beat", "lung": "breath cough wheeze sputum", "skin": "rash itch mole blister"}
 FILLERS = "today the patient reports some more for two weeks".split()
+KNOWN = (*FILLERS, *" ".join(WORDS.values()).split())
 RESULTS = {
     "README.md",
     "all_results.json",
@@ -36,9 +38,9 @@ RESULTS = {
 }
 
 
-def save_tiny_model(folder: Path) -> str:
-    """Saves a BERT encoder of two narrow layers, without dropout, and its WordPiece tokenizer."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *" ".join(WORDS.values()).split()]
+def save_tiny_model(folder: Path, words: Sequence[str] = KNOWN) -> str:
+    """Saves a BERT encoder of two narrow layers, without dropout, and a WordPiece tokenizer that knows `words`."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     vocabulary = {word: index for index, word in enumerate(words)}
     wordpiece = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer()

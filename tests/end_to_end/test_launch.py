@@ -154,9 +154,9 @@ def test_a_refusal_ends_both_processes_with_one_message(
 def test_a_refusal_of_one_process_ends_the_other(rank: int, command: list[str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(RECIPES)!r})\nimport medical_textcls\n"
+        f"import os, sys\nsys.path.insert(0, {str(RECIPES)!r})\nimport medical_textcls, _textcls\n"
         "from _recipe_args import RecipeError\n\n\ndef refuse(*_):\n    raise RecipeError('met by one process')\n\n\n"
-        f"if os.environ['RANK'] == '{rank}':\n    medical_textcls.tokenize = refuse\nmedical_textcls.main()\n"
+        f"if os.environ['RANK'] == '{rank}':\n    _textcls.tokenize = refuse\nmedical_textcls.main()\n"
     )
     code, out, err = launch("cpu_ddp", str(program), *command, "--output_dir", str(tmp_path / "out"), timeout=120)
     assert code == 1 and err.count("error: met by one process") == 1
@@ -223,3 +223,32 @@ def test_a_second_launch_replaces_the_first_when_told_so(
     present = {path.name for path in folder.iterdir()}
     assert RESULTS | {"mine.txt", "checkpoint-1"} <= present
     assert not {"comparison.json", "checkpoint-3"} & present
+
+
+@pytest.mark.slow
+def test_predictions_of_two_processes_are_those_of_one(command: list[str], tmp_path: Path) -> None:
+    texts = [
+        "today the heart pulse",
+        "rash itch",
+        "two weeks of cough",
+        "some mole",
+        "the patient reports a valve beat",
+    ]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    asked = ["--predict_file", str(tmp_path / "in.txt"), "--predict_output", str(tmp_path / "out.jsonl")]
+    common = [word for word in command if word != "--compare"]
+    folder, out, _ = in_two([*common, *asked], tmp_path / "out")
+    assert out.count("Predictions of 5 texts are written") == 1
+    own = ["--model_name_or_path", str(folder), "--max_seq_length", "16", "--predict_only", *asked[:-1]]
+    batches = ["--per_device_eval_batch_size", "2"]
+    code, _, err = launch("cpu_ddp", RECIPE, *own, str(tmp_path / "again.jsonl"), *batches)
+    assert code == 0, err
+    medical_textcls.main([*own, str(tmp_path / "alone.jsonl")])
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("out", "again", "alone")
+    }
+    for name in rows:
+        assert [row["text"] for row in rows[name]] == texts
+        for row, wanted in zip(rows[name], rows["alone"], strict=True):
+            assert row["scores"] == pytest.approx(wanted["scores"], abs=1e-5), name

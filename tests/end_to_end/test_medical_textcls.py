@@ -129,12 +129,18 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arguments: list[str]
     common = [*arguments, "--num_train_epochs", "4", "--save_strategy", "epoch", "--save_total_limit", "4"]
     medical_textcls.main([*common, "--output_dir", str(whole)])
     shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    # The run was killed while it saved the next one.
+    shutil.copytree(whole / "checkpoint-9", resumed / "checkpoint-9")
+    (resumed / "checkpoint-9" / "trainer_state.json").unlink()
+    mark = resumed / "checkpoint-9" / "l2sp_state.json"
+    mark.write_text(mark.read_text().replace('"complete": true', '"complete": false'))
     medical_textcls.main([*common, "--output_dir", str(resumed), "--resume_from_checkpoint"])
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert results_of(resumed)["test_loss"] == results_of(whole)["test_loss"]
     state = json.loads((resumed / "trainer_state.json").read_text())
     assert state["global_step"] == 12 and not (resumed / "checkpoint-3").exists()
+    assert (resumed / "checkpoint-9" / "trainer_state.json").is_file(), "replaced by a whole one"
 
 
 def test_a_second_run_replaces_the_first_when_told_so(

@@ -14,6 +14,7 @@ import pytest
 
 from .recipe_harness import RECIPES, notes, write_jsonl
 
+import _textcls  # noqa: E402  # isort: skip
 import medical_textcls  # noqa: E402  # isort: skip
 
 RECIPE = RECIPES / "medical_textcls.py"
@@ -36,6 +37,11 @@ def set_rows(split: str, change: Callable[[list[dict[str, Any]]], Any]) -> Chang
     return apply
 
 
+def latin_1(folder: Path, argv: list[str]) -> list[str]:
+    (folder / "changed.csv").write_bytes("text,label\nfièvre,heart\n".encode("latin-1"))
+    return [*argv, "--train_file", str(folder / "changed.csv")]
+
+
 def broken_model(remove: str, content: str | None = None) -> Change:
     def apply(folder: Path, argv: list[str]) -> list[str]:
         shutil.copytree(argv[argv.index("--model_name_or_path") + 1], folder / "model")
@@ -53,6 +59,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "empty split": (set_rows("test", lambda rows: []), r"--test_file '.*changed\.jsonl' holds no rows"),
     "new label": (set_rows("test", lambda rows: rows[0].update(label="eye")), r"lack: 'eye' \(1 rows\)"),
     "number as text": (set_rows("train", lambda rows: rows[2].update(text=3.5)), r"row 3: the text is 3\.5, a float"),
+    "not UTF-8": (latin_1, r"--train_file '.*changed\.csv' is not UTF-8 text"),
     "blank text": (
         set_rows("validation", lambda rows: rows[1].update(text=" ")),
         r"1 of 12 texts are blank \(rows 2\)",
@@ -84,6 +91,13 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         r"'someone/bert': the Hub cannot be reached .* local folder, or leave the argument out",
     ),
     "push offline": (set_flag("--push_to_hub"), r"--push_to_hub: the repository 'out' cannot be created: .*"),
+    "unknown edit": (set_flag("--augment", "swop"), r"--augment 'swop' is no edit; did you mean 'swap'\?"),
+    "no model to mask with": (set_flag("--augment", "mask"), r"--augment mask needs --augment_model"),
+    "predictions of nothing": (
+        set_flag("--predict_file", "nowhere.txt", "--predict_output", "new.jsonl"),
+        r"--predict_file 'nowhere\.txt' does not exist",
+    ),
+    "predictions for nobody": (set_flag("--predict_file", "in.txt"), r"'in\.txt' needs --predict_output"),
     "nothing to resume": (set_flag("--resume_from_checkpoint"), r"has no checkpoint to go on from"),
 }
 
@@ -100,7 +114,7 @@ def test_refused_before_any_work(
     argv = change(tmp_path, [*arguments, "--output_dir", str(tmp_path / "out"), "--compare"])
     monkeypatch.chdir(tmp_path)
     for step in ("tokenize", "header"):
-        monkeypatch.setattr(medical_textcls, step, lambda *_, s=step: pytest.fail(f"came as far as {s}"))
+        monkeypatch.setattr(_textcls, step, lambda *_, s=step: pytest.fail(f"came as far as {s}"))
     with pytest.raises(SystemExit) as caught:
         medical_textcls.main(argv)
     printed = capsys.readouterr()
