@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 RUN := HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-slow test-floor lint style bench results clean
+.PHONY: help demo test test-distributed test-slow test-floor lint style bench results results-domains clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ results: $(VENV)/.dev ## Measure everything that the README reports, and write i
 	$(RUN)/python recipes/benchmarks/main_job.py
 	$(RUN)/python recipes/benchmarks/speed.py
 	$(RUN)/python recipes/benchmarks/memory.py
+	$(RUN)/python recipes/benchmarks/readme.py
+
+results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-domains DATA=FOLDER (hours)
+	$(RUN)/python recipes/benchmarks/domains.py --data $(DATA)
+	$(RUN)/python recipes/benchmarks/scarce_labels.py --data $(DATA)/medical_abstracts
+	$(RUN)/python recipes/benchmarks/domain_adaptation.py --data $(DATA)
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches

@@ -24,12 +24,15 @@ from _recipe_output import (
     lower_is_better,
     result_table,
     write_json,
+    write_report,
 )
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 import hf_l2sp
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
+from hf_l2sp.publish import PushError
+from hf_l2sp.run_record import describe_predictions
 
 Build = Callable[[type[Trainer], TrainingArguments, dict[str, Any]], Trainer]
 
@@ -136,13 +139,14 @@ class Run:
         results, datasets = self.beside(build, datasets)
         # Anew for each trainer: this resets what the one before left in accelerate, on which DeepSpeed insists.
         trainer = build(self.trainer_class, self.settings.build(self.arguments_class), datasets)
-        results[self.column()] = _train_and_score(trainer, datasets, self.checkpoint)
-        card = self._save(trainer, results)
+        predictions: dict[str, Any] | None = {} if self.task == "text-classification" else None
+        results[self.column()] = _train_and_score(trainer, datasets, self.checkpoint, predictions)
+        card = self._save(trainer, results, predictions or {})
         table = result_table(results, difference=self.settings["compare"])
         say(f"\n{self.headline()}\n\n{table}\n(lower is better for {lower_is_better(results)})")
         say(f"\nWritten to {self.output_dir}: the model, README.md (model card), all_results.json")
         if self.l2sp_on:
-            say("and l2sp_report.png, which shows how far each layer moved from the pretrained weights.")
+            say("and l2sp_report.html: scores, training and how far each layer moved from the pretrained weights.")
         say(f'Use it: transformers.pipeline("{self.task}", model="{self.output_dir}"{self.options})')
         # The launcher ends all processes when one fails, be it in leaving: none leaves before the results are written.
         trainer.accelerator.wait_for_everyone()
@@ -196,9 +200,14 @@ class Run:
             drop_checkpoints(folder, remove_empty=True)
         return trainer, scores
 
-    def _save(self, trainer: Trainer, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _save(
+        self, trainer: Trainer, results: dict[str, dict[str, Any]], predictions: dict[str, Any]
+    ) -> dict[str, Any]:
         trainer.save_model()
         trainer.save_state()
+        (*_, metrics) = results.values()
+        if is_main_process():
+            write_json(self.output_dir / "all_results.json", metrics)  # the card tells its scores
         card = {"finetuned_from": self.source.base_model, "license": self.source.licence}
         card |= {"tasks": self.task, "dataset": self.data}
         trainer.create_model_card(**card)
@@ -206,8 +215,6 @@ class Run:
         report = trainer.l2sp_drift_report() if self.l2sp_on else None
         if not is_main_process():
             return card
-        (*_, metrics) = results.values()
-        write_json(self.output_dir / "all_results.json", metrics)
         if self.settings["compare"]:
             model = self.source.base_model or Path(self.source.path).name
             about = {"model": model, "data": self.data, "seed": self.args.seed, **self.about, "config": self._config()}
@@ -215,6 +222,7 @@ class Run:
         if report is not None:
             report.save(self.output_dir / "l2sp_report.json")
             report.plot(self.output_dir / "l2sp_report.png")
+            write_report(self.output_dir, predictions)
         else:
             say("l2sp_lambda is 0: nothing is anchored, so there is no l2sp_report and no l2sp_state.json.")
         return card
@@ -244,9 +252,9 @@ class Run:
         try:
             trainer.push_to_hub(**card)
         except Exception as error:  # network, login and permission errors have no common class
+            where = f"The trained model is complete in {str(self.output_dir)!r}."
             raise RecipeError(
-                f"--push_to_hub failed: {error}. The trained model is complete in {str(self.output_dir)!r}; push it "
-                f"with 'hf upload {self.args.hub_model_id} {self.output_dir}'."
+                f"--push_to_hub failed: {error}" + ("" if isinstance(error, PushError) else f". {where}")
             ) from error
         say(f"Pushed to the Hub as {trainer.hub_model_id}.")
 
@@ -269,7 +277,10 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(numbers)
 
 
-def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+def _train_and_score(
+    trainer: Trainer, datasets: dict[str, Any], checkpoint: str | None, described: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The scores; `described`, where given, gets what the report tells of a classifier's predictions."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Bar)
@@ -277,7 +288,11 @@ def _train_and_score(trainer: Trainer, datasets: dict[str, Any], checkpoint: str
     metrics = {**trainer.evaluate(metric_key_prefix="eval"), **metrics}
     for split in datasets:
         if split not in ("train", "validation"):
-            metrics.update(trainer.predict(datasets[split], metric_key_prefix=split).metrics)
+            found = trainer.predict(datasets[split], metric_key_prefix=split)
+            metrics.update(found.metrics)
+            if described is not None:
+                names = [name for _, name in sorted(trainer.model.config.id2label.items())]
+                described[split] = describe_predictions(found.predictions, found.label_ids, names)
     for split in datasets:
         metrics[f"{'eval' if split == 'validation' else split}_samples"] = len(datasets[split])
     return metrics

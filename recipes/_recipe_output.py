@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from _recipe_files import listed
 from _recipe_launch import say
 
 from hf_l2sp.checkpoints import checkpoints_in, last_complete, why_incomplete
+from hf_l2sp.html_report import write_html_report
+from hf_l2sp.run_record import PREDICTIONS_NAME, RUN_NAME, describe_run
+from hf_l2sp.score_table import score_names
 
 # What a recipe or its Trainer writes: nothing else is ever deleted.
 _OWN_FILES = re.compile(
     r"README\.md|(all|train|eval|test)_results\.json|comparison\.json|trainer_state\.json|training_args\.bin"
-    r"|l2sp_(state\.json|report\.json|report\.png)|perplexity\.png|config\.json|generation_config\.json"
+    r"|l2sp_(state\.json|report\.(json|png|html))|eval_predictions\.json|run\.json|perplexity\.png|config\.json|generation_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
     r"|vocab\.(txt|json)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
@@ -137,14 +141,6 @@ def _named_checkpoint(path: str) -> str:
 # --------------------------------------------------------------------------- results
 
 
-def score_names(metrics: dict[str, Any]) -> list[str]:
-    """The scores among `metrics`, validation first: nothing of the training, no runtimes, throughputs and counts."""
-    aside = ("_runtime", "_per_second", "_samples", "_model_preparation_time")
-    names = [n for n in metrics if n not in ("epoch", "total_flos") and not n.startswith("train_")]
-    first = [name for prefix in ("eval_", "test_") for name in names if name.startswith(prefix)]
-    return [name for name in dict.fromkeys([*first, *names]) if not name.endswith(aside)]
-
-
 def lower_is_better(results: dict[str, dict[str, Any]]) -> str:
     """Which of the scores in the table are better when they are lower, in words."""
     names = {name for metrics in results.values() for name in score_names(metrics)}
@@ -200,3 +196,16 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     Path(path).write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_report(folder: Path, predictions: dict[str, Any]) -> None:
+    """Writes the HTML report of an output folder whose other files are there, and what it needs beside them.
+
+    Args:
+        folder: The output folder.
+        predictions: `describe_predictions` by split; empty where the task has none.
+    """
+    if predictions:
+        write_json(folder / PREDICTIONS_NAME, predictions)
+    write_json(folder / RUN_NAME, describe_run(sys.argv))
+    write_html_report(folder)

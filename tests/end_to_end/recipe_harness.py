@@ -29,10 +29,12 @@ RESULTS = {
     "README.md",
     "all_results.json",
     "config.json",
+    "l2sp_report.html",
     "l2sp_report.json",
     "l2sp_report.png",
     "l2sp_state.json",
     "model.safetensors",
+    "run.json",
     "tokenizer.json",
     "trainer_state.json",
 }
