@@ -65,6 +65,7 @@ class Run:
     options: str = ""
 
     def __post_init__(self) -> None:
+        self.predictions: dict[str, Any] = {}  # what the report tells of them, by split
         # Pushed once, when all files are written: Trainer would push from within save_model, before the report.
         self.push = self.settings["push_to_hub"]
         self.settings["push_to_hub"] = False
@@ -139,9 +140,9 @@ class Run:
         results, datasets = self.beside(build, datasets)
         # Anew for each trainer: this resets what the one before left in accelerate, on which DeepSpeed insists.
         trainer = build(self.trainer_class, self.settings.build(self.arguments_class), datasets)
-        predictions: dict[str, Any] | None = {} if self.task == "text-classification" else None
-        results[self.column()] = _train_and_score(trainer, datasets, self.checkpoint, predictions)
-        card = self._save(trainer, results, predictions or {})
+        described = self.predictions if self.task == "text-classification" else None
+        results[self.column()] = _train_and_score(trainer, datasets, self.checkpoint, described)
+        card = self._save(trainer, results)
         table = result_table(results, difference=self.settings["compare"])
         say(f"\n{self.headline()}\n\n{table}\n(lower is better for {lower_is_better(results)})")
         say(f"\nWritten to {self.output_dir}: the model, README.md (model card), all_results.json")
@@ -200,9 +201,7 @@ class Run:
             drop_checkpoints(folder, remove_empty=True)
         return trainer, scores
 
-    def _save(
-        self, trainer: Trainer, results: dict[str, dict[str, Any]], predictions: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _save(self, trainer: Trainer, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         trainer.save_model()
         trainer.save_state()
         (*_, metrics) = results.values()
@@ -222,7 +221,7 @@ class Run:
         if report is not None:
             report.save(self.output_dir / "l2sp_report.json")
             report.plot(self.output_dir / "l2sp_report.png")
-            write_report(self.output_dir, predictions)
+            write_report(self.output_dir, self.predictions)
         else:
             say("l2sp_lambda is 0: nothing is anchored, so there is no l2sp_report and no l2sp_state.json.")
         return card
