@@ -14,7 +14,7 @@ from _recipe_predict import PredictArguments
 # Of the data that come with the recipe, whose other training texts are then taken without their labels.
 EMBEDDED_SHOTS = 8
 ENSEMBLE = 3
-TEACHER_EPOCHS = 15.0
+TEACHER_EPOCHS = 12.0
 
 
 @dataclass

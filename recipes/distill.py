@@ -47,8 +47,9 @@ class DistillTrainingArguments(DistillationArguments, RecipeTrainingArguments):
     Changed defaults:
         output_dir (`str`, defaults to `"outputs/distill"`)
         learning_rate (`float`, defaults to `3e-4`): few texts make few steps.
-        num_train_epochs (`float`, defaults to `6`): minutes on two cores
+        num_train_epochs (`float`, defaults to `5`): minutes on two cores
         per_device_train_batch_size (`int`, defaults to `16`)
+        distill_alpha (`float`, defaults to `0.9`): most texts have no label.
     """
 
     # Not on the command line: --teacher takes its place.
@@ -64,8 +65,12 @@ class DistillTrainingArguments(DistillationArguments, RecipeTrainingArguments):
         default="outputs/distill", metadata={"help": "Folder that the model and the results are written to."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
-    num_train_epochs: float = field(default=6, metadata={"help": "Passes over the training data."})
+    num_train_epochs: float = field(default=5, metadata={"help": "Passes over the training data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device in training."})
+    distill_alpha: float = field(
+        default=0.9,
+        metadata={"help": "Weight α of the teacher term, more than 0: (1−α)·task + α·T²·KL."},
+    )
 
 
 def make_parser() -> RecipeParser:
