@@ -251,7 +251,9 @@ class Run:
         try:
             trainer.push_to_hub(**card)
         except Exception as error:  # network, login and permission errors have no common class
-            where = f"The trained model is complete in {str(self.output_dir)!r}."
+            folder = str(self.output_dir)
+            where = f"The trained model is complete in {folder!r}; push it again with "
+            where += f"push_folder({folder!r}, {self.args.hub_model_id!r}) of hf_l2sp.publish."
             raise RecipeError(
                 f"--push_to_hub failed: {error}" + ("" if isinstance(error, PushError) else f". {where}")
             ) from error

@@ -182,7 +182,7 @@ def test_mark_comes_last_and_before_the_push(model, classification_data, tmp_pat
     saves = ("_save", "_save_optimizer_and_scheduler", "_save_rng_state")
     for name in saves:
         spy(name)
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: look("push"))
+    monkeypatch.setattr("hf_l2sp.outputs.push_checkpoint", lambda trainer, folder: look("push"))
     monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
     trainer = make(model, classification_data, tmp_path / "run", max_steps=2)
     trainer.args.push_to_hub = True

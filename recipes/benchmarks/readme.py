@@ -8,6 +8,7 @@ With --check nothing is written, and the exit code is 1 where a README does not 
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from _bench import RECIPES, read_results
 
@@ -96,12 +97,93 @@ def upstream_tests() -> str:
     )
 
 
+def _cell(found: dict[str, float]) -> str:
+    return f"{found['mean']:.3f} ± {found['std']:.3f}"
+
+
+def domains() -> str:
+    result = read_results("domains.json")
+    lines = ["| recipe | data, training texts | score | plain | L2-SP | seeds on which L2-SP is better |"]
+    lines.append("|---|---|---|---|---|---|")
+    names = {"test_f1_macro": "macro-F1", "test_f1": "entity F1", "test_loss": "NLL"}
+    for row in result["summary"]:
+        unit = "entity type" if row["recipe"].endswith("_ner") else "class"
+        texts = "all" if row["shots"] is None else f"{row['shots']} per {unit}"
+        for score, name in names.items():
+            found = row["scores"].get(score)
+            if found is not None:
+                better = f"{found['l2sp_better']} of {row['seeds']}"
+                cells = (row["recipe"], f"{row['data']}, {texts}", name, _cell(found["plain"]), _cell(found["l2sp"]))
+                lines.append(f"| {' | '.join(cells)} | {better} |")
+    steps, rows = result["config"]["common"]["max_steps"], result["config"]["rows"]["test"]
+    lines.append(f"\nMean ± standard deviation over the seeds; {steps} steps of 16 texts, {rows} test texts (or all).")
+    return "\n".join(lines)
+
+
+def scarce_labels() -> str:
+    result = read_results("scarce_labels.json")
+    named = {
+        "plain": "plain fine-tuning",
+        "l2sp": "L2-SP (λ = 0.01)",
+        "edits": "L2-SP + swap, delete, insert",
+        "mask": "L2-SP + mask",
+        "mixup": "L2-SP + mix-up of embeddings",
+        "ensemble": "ensemble of 3 L2-SP models",
+        "distill": "L2-SP + distillation of that ensemble",
+    }
+    lines = ["| per class | method | macro-F1 | beside L2-SP [95 %] | NLL | beside L2-SP [95 %] | ECE |"]
+    lines.append("|---|---|---|---|---|---|---|")
+
+    def beside(found: dict[str, Any]) -> str:
+        other = found.get("beside_l2sp")
+        return "" if other is None else f"{other['mean']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}]"
+
+    for row in result["summary"]:
+        cells = [str(row["shots"]), named[row["method"]]]
+        for score in ("f1_macro", "nll"):
+            cells += [_cell(row[score]), beside(row[score])]
+        lines.append(f"| {' | '.join([*cells, _cell(row['ece'])])} |")
+    config, data = result["config"], sorted({row["data"] for row in result["summary"]})
+    lines.append(
+        f"\n{', '.join(data)}, {max(row['seeds'] for row in result['summary'])} draws, {config['test_rows']} test "
+        f"texts of {config['max_length']} tokens, {config['max_steps']} steps of 16 for every method; distillation "
+        f"sees {config['unlabelled_rows']} unlabelled texts."
+    )
+    return "\n".join(lines)
+
+
+def domain_adaptation() -> str:
+    result = read_results("domain_adaptation.json")["summary"]
+    start, common = result["adaptation"]["start"], result["adaptation"]["common_domain_perplexity"]
+    names = {0.0: "plain"}
+    lines = ["| adaptation | domain perplexity | general perplexity | general, at equal domain perplexity | drift |"]
+    lines += ["|---|---|---|---|---|", f"| start | {start['domain']:.0f} | {start['general']:.0f} | | |"]
+    for run in result["adaptation"]["runs"]:
+        name, end = names.get(run["lambda"], f"L2-SP, λ = {run['lambda']:g}"), run["end"]
+        drift = "" if run["drift"] is None else f"{run['drift']:.4f}"
+        name += f", {run['max_steps']} steps"
+        at_common = "" if run["general_at_common_domain"] is None else f"{run['general_at_common_domain']:.0f}"
+        lines.append(f"| {name} | {end['domain']:.0f} | {end['general']:.0f} | {at_common} | {drift} |")
+    lines[0] = lines[0].replace("equal domain perplexity", f"domain perplexity {common:.0f}")
+    lines += ["", "| then few-shot classification from | anchor | draws | macro-F1 | NLL |", "|---|---|---|---|---|"]
+    models = {"general": "the general model", "plain": "plain adaptation"}
+    for row in result["classification"]:
+        model = models.get(row["model"], f"L2-SP adaptation, λ = {row['model'].removeprefix('lambda ')}")
+        lines.append(
+            f"| {model} | {row['anchor']} | {row['seeds']} | {_cell(row['test_f1_macro'])} | {_cell(row['test_loss'])} |"
+        )
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "main_job": main_job,
     "speed": speed,
     "memory": memory,
     "clinical_notes": clinical_notes,
     "upstream_tests": upstream_tests,
+    "domains": domains,
+    "domain_adaptation": domain_adaptation,
+    "scarce_labels": scarce_labels,
 }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
@@ -38,7 +40,8 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("out") / "notes"
     words = ["--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "5"]
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    # transformers 4 leaves settings in the environment, which the tests of other modules must not find.
+    with contextlib.redirect_stdout(said), mock.patch.dict(os.environ):
         run(*arguments, *SHOTS, *words, "--output_dir", str(folder), "--compare", *TWO, "--keep_teachers")
     return folder, said.getvalue()
 

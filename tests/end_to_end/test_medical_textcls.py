@@ -194,7 +194,7 @@ def test_a_failed_push_leaves_the_model_and_says_where(
         medical_textcls.main([*arguments, "--max_steps", "1", "--output_dir", str(folder), "--push_to_hub"])
     message = capsys.readouterr().err
     assert "--push_to_hub failed: the line is cut" in message and repr(str(folder)) in message
-    assert "hf upload notes" in message
+    assert f"push_folder({str(folder)!r}, 'notes')" in message
     assert RESULTS <= {path.name for path in folder.iterdir()}
 
 

@@ -30,6 +30,7 @@ CHANCE = {"sentiment": 1 / 3, "legal_textcls": 1 / 8, "clinical_ner": 0.0, "fina
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_runs_without_arguments(name: str, tmp_path: Path) -> None:
     task, text, score = PROGRAMS[name]
