@@ -169,9 +169,8 @@ def domain_adaptation() -> str:
     models = {"general": "the general model", "plain": "plain adaptation"}
     for row in result["classification"]:
         model = models.get(row["model"], f"L2-SP adaptation, λ = {row['model'].removeprefix('lambda ')}")
-        lines.append(
-            f"| {model} | {row['anchor']} | {row['seeds']} | {_cell(row['test_f1_macro'])} | {_cell(row['test_loss'])} |"
-        )
+        scores = f"{_cell(row['test_f1_macro'])} | {_cell(row['test_loss'])}"
+        lines.append(f"| {model} | {row['anchor']} | {row['seeds']} | {scores} |")
     return "\n".join(lines)
 
 
