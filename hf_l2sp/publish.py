@@ -148,6 +148,8 @@ def push_checkpoint(trainer: Any, checkpoint: str) -> None:
     running = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
     if running and not args.hub_always_push:
         return
+    if running:  # it reads the very files that are replaced below, and the Hub refuses what changed under way
+        trainer.push_in_progress.wait_until_done()
     _begin(trainer)
     # Into the output folder, as `Trainer` does: older checkpoints are deleted while their upload still runs.
     with trainer._l2sp_marking(args.output_dir):
@@ -167,10 +169,7 @@ def push_checkpoint(trainer: Any, checkpoint: str) -> None:
             return _commit(trainer, operations, text, args.hub_token, None)
 
         jobs.append(_told_at_once(upload))
-    if running:
-        trainer.push_in_progress.jobs.extend(jobs)
-    else:
-        trainer.push_in_progress = PushInProgress(jobs)
+    trainer.push_in_progress = PushInProgress(jobs)
 
 
 def _begin(trainer: Any) -> None:

@@ -103,7 +103,7 @@ def test_failed_push_in_the_background_ends_nothing_and_is_told(remote: Remote, 
     saving = {"save_strategy": "steps", "save_steps": 2, "hub_always_push": True, "save_total_limit": 1}
     result = remote(worker.train, out, BASE, max_steps=4, push_to_hub=True, hub_model_id="team/background", **saving)
     assert result["steps"] == 4
-    (message,) = (m for m in result["messages"] if m.startswith("In the background: "))
+    (message,) = result["messages"]
     assert message.startswith("In the background: The push to 'team/background' failed: ") and "500" in message
     commits = remote.hub.repositories["team/background"].commits
     assert [text for _, text, _ in commits] == ["initial commit", "Training in progress, step 4"]
