@@ -72,12 +72,11 @@ def ask(
     # Texts of a length share a batch: little padding. The longest come first, so that what is too much fails at once.
     lengths = [len(tokens) for tokens in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])
+    ordered = datasets.Dataset.from_dict(rows[order], features=rows.features)
     collator, id2label = DataCollatorWithPadding(teacher.tokenizer), dict(enumerate(labels))
     try:
         with _progress_bar(is_main_process() and not args.disable_tqdm):
-            asked = cache_teacher_logits(
-                rows.select(order), teacher.model, collator, args.eval_batch_size, id2label=id2label
-            )
+            asked = cache_teacher_logits(ordered, teacher.model, collator, args.eval_batch_size, id2label=id2label)
     except ValueError as error:
         raise RecipeError(f"teacher {teacher.name}: {error}") from error
     logits = torch.empty(len(rows), len(labels))

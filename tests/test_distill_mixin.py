@@ -138,11 +138,13 @@ def test_loss_function_of_ones_own(setup, tmp_path, batch, accumulation):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("cls", [DistillTrainer, L2SPDistillationTrainer])
-def test_one_by_four_is_four_by_one(setup, tmp_path, cls, task):
+@pytest.mark.parametrize("accepts", [True, False])
+def test_one_by_four_is_four_by_one(setup, tmp_path, cls, task, accepts):
     """Ten rows, some without a label, so that the last window of each of three epochs is short: weights and logs."""
     runs = []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
         student, teachers, data, collator = setup(task, 2, rows=10, unlabelled=(1, 6, 7, 8))
+        student.accepts_loss_kwargs = accepts  # whether Trainer divides by the number of micro-batches
         trainer = build(
             tmp_path / str(batch),
             student,
@@ -206,6 +208,7 @@ def test_two_gpus_of_one_process(setup, tmp_path, monkeypatch, task, smoothing):
     got = {name: gradient for name, gradient in got.items() if float(gradient.abs().max()) > 0}
     expected = {name: g for name, g in gradient_of(sum(parts), student).items() if name in got}
     assert len(got) > 15 and relative_error(got, expected) < 1e-7
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(parts).item(), rel=1e-4)
 
 
 @pytest.mark.distributed

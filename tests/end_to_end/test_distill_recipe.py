@@ -66,6 +66,8 @@ def test_all_files_of_the_contract_are_written(finished: tuple[Path, str]) -> No
     assert RESULTS | {"comparison.json", "teachers"} <= present
     assert "without_teacher" not in present
     assert {path.name for path in (folder / "teachers").iterdir()} == {"seed-42", "seed-43"}
+    heads = [weights(folder / "teachers" / f"seed-{seed}")["classifier.weight"] for seed in (42, 43)]
+    assert not torch.equal(*heads)
     results = results_of(folder)
     for prefix in ("eval", "test"):
         assert {f"{prefix}_{name}" for name in ("accuracy", "f1_macro", "mcc", "ece", "loss")} <= set(results)
@@ -155,6 +157,25 @@ def test_a_teacher_may_have_another_vocabulary_and_order_of_labels(
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
+def test_every_text_has_its_own_answer(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Whatever their lengths, by which they are asked about."""
+    folder = finished[0] / "teachers" / "seed-42"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    texts = {
+        "train": ["rash", "pulse valve today for two", "cough wheeze"],
+        "test": ["itch mole blister some", "beat"],
+    }
+    tokenized = {split: datasets.Dataset.from_dict(dict(tokenizer(part))) for split, part in texts.items()}
+    args = L2SPDistillationArguments(
+        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2
+    )
+    answers = ask(Teacher("it", model.train(), tokenizer), tokenized, LABELS, args)
+    for split, part in texts.items():
+        expected = torch.cat([model.eval()(**tokenizer(text, return_tensors="pt")).logits for text in part])
+        torch.testing.assert_close(answers[split], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_scores_of_answers_are_those_of_the_trainer(finished: tuple[Path, str], tmp_path: Path) -> None:
     compared = json.loads((finished[0] / "comparison.json").read_text())
     rows = notes(6, 2)  # the test texts
@@ -233,15 +254,21 @@ def test_overwriting_takes_kept_teachers_away(
 
 
 @pytest.mark.distributed
-def test_two_processes(finished: tuple[Path, str], arguments: list[str], tmp_path: Path) -> None:
-    words = [*arguments, *SHOTS, "--compare", *TWO, "--output_dir", str(tmp_path / "out")]
-    words += ["--per_device_train_batch_size", "4", "--keep_teachers"]
+def test_two_processes_are_one(arguments: list[str], tmp_path: Path) -> None:
+    """Plain gradient descent on numbers of texts that come out even, so that the weights can be compared."""
+    file = tmp_path / "many.txt"
+    file.write_text("\n".join(f"patient reports {word} {n}" for n in ("two", "more") for word in KNOWN[-4:]))
+    words = [*arguments, "--unlabelled_file", str(file), *TWO, "--max_steps", "4", "--keep_teachers", "--compare"]
+    words += ["--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0"]
+    run(*words, "--output_dir", str(tmp_path / "one"))
+    words += ["--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
     code, out, err = launch("cpu_ddp", str(RECIPES / "distill.py"), *words)
     assert code == 0, err
     assert out.count("4 of 4: the student") == 1
-    one, two = results_of(finished[0]), results_of(tmp_path / "out")
-    assert two["train_samples"] == 24 and two["train_loss"] == pytest.approx(one["train_loss"], rel=0.3)
-    assert (tmp_path / "out" / "teachers" / "seed-43" / "model.safetensors").is_file()
+    for part in ("", "teachers/seed-42", "teachers/seed-43"):
+        one, two = weights(tmp_path / "one" / part), weights(tmp_path / "two" / part)
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- refusals
