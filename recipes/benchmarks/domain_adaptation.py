@@ -1,6 +1,6 @@
 """Adapting to a domain by masked words: what L2-SP keeps of the general model, and what few-shot classifiers gain.
 
-    python recipes/benchmarks/domain_adaptation.py --data DIR [--lambdas 0.01 0.1] [--seeds 3]
+    python recipes/benchmarks/domain_adaptation.py --data DIR [--lambdas 0.001 0.01 0.1] [--seeds 3]
 
 DIR holds mlm_biomedical (domain text: train.jsonl, validation.jsonl), mlm_reviews (general text: train.jsonl) and
 medical_abstracts (labelled: train.jsonl, validation.jsonl, test.jsonl). All runs are those of the recipes' programs.
@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/domain_adaptation"), metavar="DIR")
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.01, 0.1])
     parser.add_argument("--plain_steps", type=int, nargs="*", default=[80], help="steps of further plain runs")
     parser.add_argument("--classify", type=float, nargs="*", default=[0.1], help="λ of the models to classify with")
     parser.add_argument("--seeds", type=int, default=3)
