@@ -47,14 +47,28 @@ def _seed() -> None:
     set_seed(20180206)
 
 
+def _settings_of_accelerate() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+
+GIVEN_SETTINGS = _settings_of_accelerate()
+
+
 @pytest.fixture(autouse=True)
 def _settings_of_accelerate_end_with_their_test() -> Iterator[None]:
-    """transformers 4 leaves bfloat16 and torch.compile in the environment, where later trainers take them up."""
-    before = set(os.environ)
-    yield
-    for name in set(os.environ) - before:
-        if name.startswith("ACCELERATE_"):
+    """transformers 4 leaves bfloat16 and torch.compile in the environment, where later trainers take them up.
+
+    Wider fixtures, which run before this one, leave theirs there, too.
+    """
+
+    def restore() -> None:
+        for name in _settings_of_accelerate():
             del os.environ[name]
+        os.environ.update(GIVEN_SETTINGS)
+
+    restore()
+    yield
+    restore()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -34,6 +35,8 @@ from hf_l2sp.distill import (
 )
 
 NAMES = ["low", "mid", "high"]
+# Of three updates an epoch. Trainer of transformers 4 goes on with other rows in the middle of a later epoch.
+RESUMED_FROM = 3 if transformers.__version__.startswith("4.") else 4
 MODELS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
 
 

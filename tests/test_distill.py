@@ -23,6 +23,7 @@ from hf_l2sp.distill import (
 
 from .distillation import (
     NAMES,
+    RESUMED_FROM,
     Arguments,
     DistillTrainer,
     build,
@@ -77,7 +78,7 @@ def test_resumed_is_uninterrupted(setup, tmp_path, tokenizer):
     """Bit for bit, with dropout, short windows and the optimizer's state."""
     _, teachers, data, collator = setup("sequence", 2, rows=10, unlabelled=(1, 6))
     runs = []
-    for resume in (None, str(tmp_path / "checkpoint-4")):
+    for resume in (None, str(tmp_path / f"checkpoint-{RESUMED_FROM}")):
         student = make_model("sequence", 1, dropout=0.2).double()
         trainer = build(
             tmp_path if resume is None else tmp_path / "resumed",
@@ -93,7 +94,7 @@ def test_resumed_is_uninterrupted(setup, tmp_path, tokenizer):
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             save_strategy="steps",
-            save_steps=4,
+            save_steps=RESUMED_FROM,
             l2sp_lambda=0.1,
         )
         trainer.train(resume_from_checkpoint=resume)
@@ -103,7 +104,7 @@ def test_resumed_is_uninterrupted(setup, tmp_path, tokenizer):
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     # The arguments name classes of the library alone.
-    args = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    args = torch.load(tmp_path / f"checkpoint-{RESUMED_FROM}" / "training_args.bin", weights_only=False)
     assert type(args).__module__ == "hf_l2sp.distill" and args.distill_alpha == 0.5
 
 

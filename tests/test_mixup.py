@@ -27,6 +27,7 @@ from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.mixup import MixupArguments, MixupMixin
 
 from .distillation import (
+    RESUMED_FROM,
     Gradients,
     gradient_of,
     gradients_of,
@@ -214,7 +215,7 @@ def test_resume(build, tmp_path):
     again.train()
     assert not same(weights(whole), weights(again))
     resumed = run(output_dir=str(tmp_path / "whole"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{RESUMED_FROM}"))
     assert [s for _, s, _ in resumed.seen] == [s for _, s, _ in whole.seen][-len(resumed.seen) :]
     assert len(resumed.seen) < len(whole.seen) and same(weights(whole), weights(resumed))
 
