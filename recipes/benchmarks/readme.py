@@ -126,6 +126,7 @@ def scarce_labels() -> str:
         "plain": "plain fine-tuning",
         "l2sp": "L2-SP (λ = 0.01)",
         "edits": "L2-SP + swap, delete, insert",
+        "mask": "L2-SP + words of a masked language model",
         "mask": "L2-SP + mask",
         "mixup": "L2-SP + mix-up of embeddings",
         "ensemble": "ensemble of 3 L2-SP models",
