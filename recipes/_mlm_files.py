@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow
 import pyarrow.parquet
-from _recipe_args import RecipeError, closest
-from _recipe_files import csv_rows, listed, missing_path, shown
+from _recipe_args import RecipeError
+from _recipe_files import (
+    check_is_file,
+    check_parquet_columns,
+    csv_rows,
+    did_you_mean,
+    listed,
+    parse_json,
+    reading_parquet,
+    shown,
+    too_much,
+)
 
 # Where a text is found in its file, and what is there.
 Place = tuple[str, Any]
@@ -43,8 +52,7 @@ def stream_texts(path: str, flag: str, column: str, paragraphs: bool = False) ->
         ".csv": _csv,
         ".parquet": _parquet,
     }
-    if not file.is_file():
-        raise RecipeError(f"{name} {missing_path(file)}")
+    check_is_file(file, name)
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise RecipeError(f"{name} has the extension {file.suffix!r}; give one of {', '.join(readers)}.")
@@ -75,9 +83,8 @@ def checked_text(text: Any, where: str, column: str) -> str:
 
 def no_column(name: str, column: str, present: list[str]) -> RecipeError:
     """The error for data that have no such column."""
-    near = closest(column, present)
-    hint = f" Did you mean --text_column {near}?" if near else ""
-    return RecipeError(f"{name} has no column {column!r} (--text_column); it has {listed(present)}.{hint}")
+    hint = did_you_mean("text_column", column, present)
+    return RecipeError(f"{name} has no column {column!r} (--text_column); it has {listed(present) or 'none'}.{hint}")
 
 
 def _lines(path: Path, name: str, column: str) -> Iterator[Place]:
@@ -110,17 +117,16 @@ def _csv(path: Path, name: str, column: str) -> Iterator[Place]:
 
 
 def _parquet(path: Path, name: str, column: str) -> Iterator[Place]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise no_column(name, column, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield f"row {number}", value
-    except pyarrow.ArrowInvalid as error:
-        raise RecipeError(f"{name} is not a parquet file ({error}).") from error
+    with reading_parquet(name), pyarrow.parquet.ParquetFile(path) as file:
+        columns = file.schema_arrow.names
+        check_parquet_columns(columns, name)
+        if column not in columns:
+            raise no_column(name, column, columns)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(column).to_pylist():
+                number += 1
+                yield f"row {number}", value
 
 
 # --------------------------------------------------------------------------- JSON
@@ -149,10 +155,7 @@ def _json(path: Path, name: str, column: str) -> Iterator[Place]:
 def _objects_of_lines(file: TextIO, name: str) -> Iterator[Place]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecipeError(f"{name}, line {number}: not valid JSON ({error.msg}).") from error
+            yield f"line {number}", parse_json(line, name, number)
 
 
 def _listed_objects(file: TextIO, name: str) -> Iterator[Place]:
@@ -170,6 +173,8 @@ def _listed_objects(file: TextIO, name: str) -> Iterator[Place]:
                 problem = "no comma or ] after it"
             except json.JSONDecodeError as error:
                 problem = error.msg
+            except (RecursionError, ValueError) as error:
+                raise RecipeError(f"{name}, row {number + 1}: {too_much(error)}") from error
         if done:
             if text[at + 1 :].strip() or file.read().strip():
                 raise RecipeError(f"{name}: not valid JSON (something follows the list).")

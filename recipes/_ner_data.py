@@ -208,6 +208,10 @@ def _tag_name(tag: Any, where: str, names: Sequence[str] | None) -> str:
         return names[tag]
     if not isinstance(tag, str):
         raise RecipeError(f"{where}: the tag is {shown(tag)}; write a string such as 'O' or 'B-PER'.")
+    if _UNFIT.search(tag):
+        raise RecipeError(
+            f"{where}: the tag {shown(tag)} holds a NUL character or half a character (a lone surrogate); mend it."
+        )
     if names is not None:
         raise RecipeError(f"{where}: the tag is {tag!r}, but --tag_names is for integer tags; leave it out.")
     return tag

@@ -11,8 +11,18 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 from _ner_tags import split_tag
-from _recipe_args import DataArguments, RecipeError, closest
-from _recipe_files import Table, listed, missing_path, read_file, read_hub_dataset, shown
+from _recipe_args import DataArguments, RecipeError
+from _recipe_files import (
+    Table,
+    check_is_file,
+    did_you_mean,
+    listed,
+    noted_features,
+    read_file,
+    read_hub_dataset,
+    reading_parquet,
+    shown,
+)
 
 CONLL = (".conll", ".bio", ".iob", ".tsv", ".txt")
 OTHERS = (".json", ".jsonl", ".parquet")
@@ -56,8 +66,7 @@ def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str, t
     """
     file, name = Path(path), f"{flag} {path!r}"
     suffix = file.suffix.lower()
-    if not file.is_file():
-        raise RecipeError(f"{name} {missing_path(file)}")
+    check_is_file(file, name)
     if suffix not in CONLL + OTHERS:
         raise RecipeError(
             f"{name} has the extension {file.suffix!r}; give {', '.join(OTHERS)} (lists of tokens and tags), or "
@@ -75,8 +84,8 @@ def read_ner_file(path: str, flag: str, columns: tuple[str, str], scheme: str, t
     _check_columns(table, name, columns)
     features = None
     if suffix == ".parquet":
-        schema = pyarrow.parquet.read_schema(file)
-        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else None
+        with reading_parquet(name):
+            features = noted_features(pyarrow.parquet.read_schema(file))
     return _rows(table, columns, features, places)
 
 
@@ -115,10 +124,9 @@ def _check_columns(table: Table, name: str, columns: Sequence[str]) -> None:
     present, values = table
     for flag, column in zip(("tokens_column", "tags_column"), columns, strict=False):
         if column not in values and present:
-            near = closest(column, present)
             raise RecipeError(
                 f"{name} has no column {column!r} (--{flag}); it has {listed(present)}."
-                + (f" Did you mean --{flag} {near}?" if near else "")
+                + did_you_mean(flag, column, present)
             )
 
 

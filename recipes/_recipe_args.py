@@ -210,8 +210,9 @@ def _yaml_to_argv(path: Path, known: set[str]) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--config {str(path)!r} cannot be read: {error}.") from error
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"--config {str(path)!r} is not a mapping; write lines of the form 'argument: value'.")
@@ -229,18 +230,28 @@ def _yaml_to_argv(path: Path, known: set[str]) -> list[str]:
             if key in seen:
                 raise RecipeError(f"{where}: key {key!r} is given twice; keep one.")
             seen.add(key)
-            words += _node_to_words(loader, key, node)
+            words += _node_to_words(loader, key, node, where)
+    except RecipeError:
+        raise
     except yaml.YAMLError as error:
         raise RecipeError(f"--config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (RecursionError, TypeError, ValueError) as error:  # endless or deep nesting, dates, sets, 2001-99-99
+        raise RecipeError(
+            f"--config {str(path)!r} has a value that no argument takes ({error}); write numbers, strings, lists and "
+            "mappings of them."
+        ) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return words
 
 
-def _node_to_words(loader: _Loader, key: str, node: yaml.Node) -> list[str]:
+def _node_to_words(loader: _Loader, key: str, node: yaml.Node, where: str) -> list[str]:
     if isinstance(node, yaml.MappingNode):
         return [f"--{key}={json.dumps(loader.construct_document(node))}"]
     if isinstance(node, yaml.SequenceNode):
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            raise RecipeError(f"{where}: an item of {key!r} is a list or a mapping; write numbers or strings.")
         return [f"--{key}", *(str(item.value) for item in node.value)] if node.value else []
     if node.tag == "tag:yaml.org,2002:null":
         return []  # the field keeps its default

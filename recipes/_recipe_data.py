@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from _recipe_args import DataArguments, RecipeError, closest
-from _recipe_files import Table, listed, read_file, read_hub_dataset, shown
+from _recipe_args import DataArguments, RecipeError
+from _recipe_files import Table, did_you_mean, listed, read_file, read_hub_dataset, shown
 
 VALIDATION_SHARE = 0.15
 # \ud800 and the like, which JSON can hold and tokenizers cannot read.
@@ -144,16 +144,20 @@ def check_texts(table: Table, source: str, column: str) -> list[str]:
 def _check_column(table: Table, source: str, flag: str, column: str) -> None:
     columns, values = table
     if column not in values and columns:
-        near = closest(column, columns)
         raise RecipeError(
             f"{source} has no column {column!r} (--{flag}); it has {listed(columns)}."
-            + (f" Did you mean --{flag} {near}?" if near else "")
+            + did_you_mean(flag, column, columns)
         )
 
 
 def label_name(label: Any, where: str) -> str | None:
     """The label as a string, the same for the integer 1 of JSON and the 1 of CSV; `None` where it is missing."""
     if isinstance(label, str):
+        if _SURROGATE.search(label):
+            raise RecipeError(
+                f"{where}: the label {shown(label)} holds half a character (a lone surrogate), which is no valid "
+                "Unicode; mend it."
+            )
         return label if label.strip() else None
     if label is None or label != label:  # NaN
         return None
@@ -165,7 +169,8 @@ def label_name(label: Any, where: str) -> str | None:
 def label_order(labels: Iterable[str]) -> list[str]:
     """The distinct labels: sorted as numbers if all are integers, as strings otherwise."""
     names = set(labels)
-    if all(re.fullmatch(r"-?\d+", name) for name in names):
+    # Not of thousands of digits, at which Python refuses to make a number of them.
+    if all(re.fullmatch(r"-?\d{1,600}", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
-from _recipe_args import RecipeError
+from _recipe_args import RecipeError, closest
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 # All column names, and the values of the wanted columns that exist.
@@ -29,7 +31,10 @@ SPLIT_NAMES = {
 
 def shown(value: Any) -> str:
     """`value` for an error message: quoted and short."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -38,6 +43,12 @@ def listed(items: Iterable[Any], limit: int = 8) -> str:
     items = [shown(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def did_you_mean(flag: str, name: str, present: Iterable[str]) -> str:
+    """The end of a message about a column that is not there: the argument with the name that was probably meant."""
+    near = closest(name, present)
+    return f" Did you mean --{flag} {shlex.quote(near)}?" if near and near.isprintable() else ""
 
 
 def read_file(path: str | Path, wanted: Sequence[str], flag: str = "", lines: bool = False) -> Table:
@@ -54,11 +65,10 @@ def read_file(path: str | Path, wanted: Sequence[str], flag: str = "", lines: bo
     """
     path = Path(path)
     name = f"{flag} {str(path)!r}".lstrip()
+    check_is_file(path, name)
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
     if lines:
         readers[".txt"] = _read_lines
-    if not path.is_file():
-        raise RecipeError(f"{name} {missing_path(path)}")
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise RecipeError(f"{name} has the extension {path.suffix!r}; give one of {', '.join(readers)}.")
@@ -70,10 +80,21 @@ def read_file(path: str | Path, wanted: Sequence[str], flag: str = "", lines: bo
         raise RecipeError(f"{name} cannot be read: {error}.") from error
 
 
+def check_is_file(path: Path, name: str) -> None:
+    """Raises `RecipeError` unless `path`, which messages call `name`, is a file."""
+    try:
+        if not path.is_file():
+            raise RecipeError(f"{name} {missing_path(path)}")
+    except OSError as error:  # too long a name, a folder that may not be looked into
+        raise RecipeError(f"{name} cannot be looked up ({error.strerror}); check the path.") from error
+
+
 def missing_path(path: Path) -> str:
     """Why `path` is no file, with what its folder holds that was probably meant."""
     if path.is_dir():
         return "is a folder; give a file."
+    if path.exists():
+        return "is no regular file (a device or a pipe); give a file."
     if not path.parent.is_dir():
         return f"does not exist, nor does its folder; relative paths start at {str(Path.cwd())!r}."
     present = sorted(entry.name for entry in path.parent.iterdir())
@@ -129,11 +150,7 @@ def _read_json(path: Path, name: str, wanted: Sequence[str]) -> Table:
     for number, line in enumerate([text] if whole else text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            at = error.lineno if whole else number
-            raise RecipeError(f"{name}, line {at}: not valid JSON ({error.msg}).") from error
+        row = parse_json(line, name, None if whole else number)
         rows.extend(row if whole else [row])
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -142,7 +159,31 @@ def _read_json(path: Path, name: str, wanted: Sequence[str]) -> Table:
                 '{"text": ..., "label": ...}, one per line or in a list.'
             )
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    if rows and not columns:
+        raise RecipeError(f"{name}: all of its {len(rows)} rows are empty objects; give them columns.")
     return columns, {column: [row.get(column) for row in rows] for column in wanted if column in columns}
+
+
+def parse_json(text: str, name: str, line: int | None) -> Any:
+    """The value of JSON that is `line` of the file that messages call `name`, or with None all of the file.
+
+    Raises:
+        RecipeError: it is no JSON, or a value that Python does not read.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = error.lineno if line is None else line
+        raise RecipeError(f"{name}, line {at}: not valid JSON ({error.msg}).") from error
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"{name}{'' if line is None else f', line {line}'}: {too_much(error)}") from error
+
+
+def too_much(error: Exception) -> str:
+    """What is wrong with valid JSON at which Python gives up, and the cure."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply; write flat rows."
+    return "an integer has thousands of digits; write it as a string."
 
 
 def _read_lines(path: Path, name: str, wanted: Sequence[str]) -> Table:
@@ -152,23 +193,58 @@ def _read_lines(path: Path, name: str, wanted: Sequence[str]) -> Table:
 
 
 def _read_parquet(path: Path, name: str, wanted: Sequence[str]) -> Table:
-    try:
+    with reading_parquet(name):
         schema = pyarrow.parquet.read_schema(path)
+        check_parquet_columns(schema.names, name)
         found = [column for column in wanted if column in schema.names]
         table = pyarrow.parquet.read_table(path, columns=found)
-    except pyarrow.ArrowInvalid as error:
-        raise RecipeError(f"{name} is not a parquet file ({error}).") from error
-    # Files that `datasets` wrote carry the names of class labels in their schema.
+        values = {column: table.column(column).to_pylist() for column in found}
+        features = noted_features(schema)
+    return schema.names, {c: _named(features.get(c), values[c], name) for c in found}
+
+
+@contextmanager
+def reading_parquet(name: str) -> Iterator[None]:
+    """Turns whatever pyarrow and `datasets` raise over a damaged file into a `RecipeError`."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:  # Arrow's errors, KeyError, UnicodeDecodeError, OverflowError, ...: no common class
+        # On one line, and without the control characters that may be quoted from the file.
+        cause = "".join(c if c.isprintable() else " " for c in str(error))[:200].strip() or type(error).__name__
+        raise RecipeError(f"{name} is not a parquet file, or a damaged one ({cause}); write it anew.") from error
+
+
+def check_parquet_columns(names: Sequence[str], name: str) -> None:
+    """Raises `RecipeError` for a column that is there twice."""
+    if len(set(names)) < len(names):
+        raise RecipeError(f"{name} names a column twice ({listed(names)}); keep one of them.")
+
+
+def noted_features(schema: pyarrow.Schema) -> dict[str, Any]:
+    """The features in a file that `datasets` wrote, which know the names of class labels; empty for other files."""
     by_datasets = b"huggingface" in (schema.metadata or {})
-    features = datasets.Features.from_arrow_schema(schema) if by_datasets else {}
-    return schema.names, {c: _named(features.get(c), table.column(c).to_pylist()) for c in found}
+    return dict(datasets.Features.from_arrow_schema(schema)) if by_datasets else {}
 
 
-def _named(feature: Any, values: list[Any]) -> list[Any]:
+def _named(feature: Any, values: list[Any], name: str) -> list[Any]:
     """Class ids as class names; -1 is what benchmarks write where the label is not published."""
     if not isinstance(feature, datasets.ClassLabel):
         return values
-    return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    return [class_name(feature, value, f"{name}, row {row}") for row, value in enumerate(values, start=1)]
+
+
+def class_name(feature: datasets.ClassLabel, value: Any, where: str) -> str | None:
+    """The name of a class id, None where there is no class; raises `RecipeError` for the id of none."""
+    if value is None or (isinstance(value, int) and value < 0):
+        return None
+    if not isinstance(value, int) or value >= feature.num_classes:
+        raise RecipeError(
+            f"{where}: the class {shown(value)} is none of the {feature.num_classes} that the file names "
+            f"({listed(feature.names)}); write the file anew."
+        )
+    return feature.int2str(value)
 
 
 # --------------------------------------------------------------------------- Hub
@@ -197,7 +273,10 @@ def read_hub_dataset(name: str, config: str | None, wanted: Sequence[str]) -> di
     tables: dict[str, Table] = {}
     for split, part in hub_splits(name, config).items():
         found = [column for column in wanted if column in part.column_names]
-        tables[split] = part.column_names, {c: _named(part.features[c], list(part[c])) for c in found}
+        tables[split] = (
+            part.column_names,
+            {c: _named(part.features[c], list(part[c]), f"the {split} split of {name!r}") for c in found},
+        )
     return tables
 
 
