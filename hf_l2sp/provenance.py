@@ -20,13 +20,14 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
     logging,
 )
+from transformers.utils.hub import cached_file
 
 from .adapted import base_parameters
 from .adapter_checks import has_adapters
 from .backends import full_shape, whole_tensor
+from .binaries import load_binary
 from .naming import named_float_parameters, unwrap
 from .sentence import is_sentence_model, module_values, pretrained_parts
 
@@ -167,7 +168,7 @@ class _Binary:
     """A checkpoint in PyTorch's old format, mapped and without running code from it, as if it were safetensors."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self._tensors = load_binary(path, mapped=True)
 
     def keys(self) -> list[str]:
         return list(self._tensors)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .backends import Backend, loading_whole
+from .binaries import is_refused_pickle
 from .naming import canonical_name, named_float_parameters, unwrap
 from .plan import Plan, PlanEntry, build_plan
 from .provenance import Provenance, SourceFiles, examine, is_vocabulary, source_of
@@ -50,6 +51,7 @@ def load_source(
             base model.
     """
     bare = unwrap(model)
+    _check_is_no_pickle(id_or_path)
     if isinstance(bare, PreTrainedModel):
         found, commit = _load_pretrained(id_or_path, bare, revision)
     elif is_sentence_model(bare):
@@ -89,6 +91,14 @@ def load_source(
     source = os.path.abspath(id_or_path) if os.path.exists(id_or_path) else id_or_path
     new = frozenset(plan.entries) - frozenset(values)
     return SourceWeights(values, Provenance(True, new, rows, source, commit))
+
+
+def _check_is_no_pickle(path: str) -> None:
+    if os.path.isfile(path) and not path.endswith(".safetensors"):
+        raise ValueError(
+            f"l2sp_anchor={path!r} is a file, but no safetensors file, and pickles are never opened. Name a folder "
+            "that save_pretrained has written, or for a module of your own a file of safetensors.torch.save_file."
+        )
 
 
 def _is_required(bare: nn.Module, entry: PlanEntry) -> bool:
@@ -177,6 +187,12 @@ def _load_safetensors(path: str) -> Mapping[str, Tensor]:
 
 def _unloadable(id_or_path: str, revision: str | None, error: Exception) -> ValueError:
     at = f" at revision {revision!r}" if revision else ""
+    if is_refused_pickle(error):
+        return ValueError(
+            f"θ0 cannot be loaded from {id_or_path!r}{at}: its weights are a pickle with more than tensors in it, "
+            "which may be code, so it is not opened. If you trust it, load it with the program that wrote it, save it "
+            "as safetensors (save_pretrained) and set l2sp_anchor to that folder."
+        )
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ValueError(
         f"θ0 cannot be loaded from {id_or_path!r}{at}: {first_line} Set l2sp_anchor to a local folder with the "
