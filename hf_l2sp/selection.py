@@ -31,7 +31,7 @@ def checked_patterns(name: str, patterns: str | Sequence[str] | None) -> list[st
             raise ValueError(f"{name} contains {pattern!r}, which is not a string; give regular expressions.")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:  # a{9999999999}, thousands of brackets
             raise ValueError(
                 f"{name} contains {pattern!r}, which is not a regular expression ({error}). Escape special "
                 "characters with a backslash."
@@ -46,10 +46,12 @@ def checked_number(name: str, value: Any) -> float:
         ValueError: It is something else.
     """
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, bytes, bytearray)):  # of which Python would make a float
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # of an integer that may have more digits than Python prints
+        raise ValueError(f"{name} is too large for a float; give one >= 0, such as 0.01.") from None
+    except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} is not a number; give a float >= 0, such as 0.01.") from None
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name}={number!r} must be a finite number >= 0; use 0 to switch it off.")
