@@ -19,6 +19,7 @@ from .identity import EntrySums, tensor_sums
 from .penalty import PenaltySums, Term
 from .plan import Plan, PlanEntry, build_plan
 from .provenance import Provenance, examine
+from .slope import slope
 from .source import SourceWeights, load_source, mapped_source
 from .storage import Storage, narrowed
 
@@ -181,9 +182,7 @@ class Anchor(Mapping[str, Tensor]):
         moved: dict[str, bool] = {}
         for name, entry in self.plan.entries.items():
             local = self._local(entry)
-            # Asked only where something must be cut: not every layout has contiguous parts.
-            if isinstance(entry.weight, Tensor):
-                entry.weight = self.backend.region(entry.parameter).cut(entry.weight).to(local.device, copy=True)
+            self._place_weight(entry)
             if name in given:
                 whole = given[name].to(entry.parameter.dtype)
                 values[name] = self.backend.region(entry.parameter).cut(whole).to(local)
@@ -204,6 +203,25 @@ class Anchor(Mapping[str, Tensor]):
         for check in self._checks:
             check()
         self._checks = []
+
+    def weigh(self, weights: Mapping[str, float | Tensor]) -> None:
+        """Sets w anew, once the values are there.
+
+        Args:
+            weights: Regular expression → weight, or parameter name → whole tensor.
+
+        Raises:
+            ValueError: As for `Anchor.from_model`.
+        """
+        self.plan.weigh(weights)
+        for entry in self.plan.entries.values():
+            self._place_weight(entry)
+
+    def _place_weight(self, entry: PlanEntry) -> None:
+        # Asked only where something must be cut: not every layout has contiguous parts.
+        if isinstance(entry.weight, Tensor):
+            device = self.backend.local(entry.parameter).device
+            entry.weight = self.backend.region(entry.parameter).cut(entry.weight).to(device, copy=True)
 
     def when_attached(self, check: Callable[[], None]) -> None:
         """Calls `check` as soon as the values are there, which may be now."""
@@ -385,6 +403,10 @@ class Anchor(Mapping[str, Tensor]):
         more = apply_low_rank(low_rank, self.backend, coefficient, gradient)
         return PenaltySums(*(torch.cat([a.to(b), b]) for a, b in zip(sums, more, strict=True)))
 
+    def slope(self) -> Tensor:
+        """⟨∇L, θ − θ0⟩ from the live gradients, over all that is pulled and all ranks. Shape: []."""
+        return slope(self.terms(), self.active_low_rank(), self.backend)
+
     def new_terms(self) -> list[Term]:
         """The summands ‖θ_new‖² that act now."""
         return [Term(e.parameter, None) for e in self.plan.having("new")]
@@ -455,8 +477,10 @@ class Anchor(Mapping[str, Tensor]):
         return list(self._values), terms
 
     def require_own_memory(self) -> None:
-        """Raises:
-        RuntimeError: A value of θ0 shares memory with its parameter, so that the penalty would be 0 for ever.
+        """Checks that no value of θ0 shares memory with its parameter: the penalty would be 0 for ever.
+
+        Raises:
+            RuntimeError: One does.
         """
         for entry in self.active():
             value, local = self._values[entry.name], self.backend.local(entry.parameter)
@@ -467,7 +491,9 @@ class Anchor(Mapping[str, Tensor]):
                 )
 
     def require_unchanged(self) -> None:
-        """Raises:
-        RuntimeError: A file from which θ0 is mapped was written in place since.
+        """Checks that the files from which θ0 is mapped were not written in place since.
+
+        Raises:
+            RuntimeError: One was.
         """
         self._storage.require_unchanged()

@@ -5,7 +5,7 @@ Pure tensor functions; they know nothing of trainers, checkpoints or devices' ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,33 +81,93 @@ def penalty_pass(
         The sums, float64 on the first term's device (float32 where the device has no float64).
     """
     gradient = gradient and coefficient != 0.0
+    tally = Tally(terms)
+    for chunk in walk(terms, gradient):
+        tally.add(chunk)
+        if gradient:
+            if grad_scale is not None:
+                chunk.pull.mul_(grad_scale.to(chunk.pull.device))
+            chunk.grad.add_(chunk.pull, alpha=2.0 * coefficient * chunk.scalar)
+    return tally.sums()
+
+
+class Chunk(NamedTuple):
+    """A piece of one term, on its way through the buffer.
+
+    Attributes:
+        term: Which term.
+        theta: The live θ.
+        grad: The live gradient; θ itself where none is wanted.
+        difference: θ − θ0, in the buffer, which the next chunk reuses.
+        pull: w(θ − θ0), up to `scalar`; may be `difference` itself.
+        scalar: w where it is a number; 1 where it is a tensor.
+    """
+
+    term: int
+    theta: Tensor
+    grad: Tensor
+    difference: Tensor
+    pull: Tensor
+    scalar: float
+
+
+def walk(terms: Sequence[Term], gradient: bool = False) -> Iterator[Chunk]:
+    """All terms, chunk by chunk, through one buffer.
+
+    Args:
+        terms: The summands.
+        gradient: Whether gradients are wanted.
+    """
     pieces = [_Piece(index, *piece) for index, term in enumerate(terms) for piece in _pieces(term, gradient)]
     stagers = _stagers(pieces)
     buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    plain: list[Tensor] = []
-    weighted: list[Tensor] = []
     for index, theta, anchor, weight, grad in pieces:
         dtype = torch.promote_types(theta.dtype, torch.float32)
         scratch = buffers.setdefault((theta.device, dtype), [])
         if theta.device in stagers and _is_elsewhere(anchor, theta):
             anchor = stagers[theta.device].take()
         difference = _difference(theta, anchor, _buffer(scratch, 0, theta, dtype))
-        pull, scalar = difference, 1.0
-        if weight is not None:
+        if weight is None:
+            yield Chunk(index, theta, grad, difference, difference, float(terms[index].weight))
+        else:
             pull = torch.mul(difference, weight, out=_buffer(scratch, 1, theta, dtype))
-        else:
-            scalar = float(terms[index].weight)
-        flat = difference.view(-1)
-        plain.append(torch.dot(flat, flat))
-        if weight is not None:
-            weighted.append(torch.dot(flat, pull.view(-1)))
-        else:
-            weighted.append(plain[-1] if scalar == 1.0 else plain[-1] * scalar)
-        if gradient:
-            if grad_scale is not None:
-                pull.mul_(grad_scale.to(pull.device))
-            grad.add_(pull, alpha=2.0 * coefficient * scalar)
-    return _sums(terms, plain, weighted, [piece.term for piece in pieces])
+            yield Chunk(index, theta, grad, difference, pull, 1.0)
+
+
+class Tally:
+    """Adds up w‖θ − θ0‖² and ‖θ − θ0‖² of chunks, without waiting for the device."""
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self._terms = terms
+        self._plain: list[Tensor] = []
+        self._weighted: list[Tensor] = []
+        self._owner: list[int] = []
+
+    def add(self, chunk: Chunk) -> None:
+        """Counts a chunk, before anything is done to it."""
+        flat = chunk.difference.view(-1)
+        plain = torch.dot(flat, flat)
+        weighted = plain if chunk.pull is chunk.difference else torch.dot(flat, chunk.pull.view(-1))
+        self._plain.append(plain)
+        self._weighted.append(weighted if chunk.scalar == 1.0 else weighted * chunk.scalar)
+        self._owner.append(chunk.term)
+
+    def sums(self) -> PenaltySums:
+        """The sums, float64 on the first term's device (float32 where the device has no float64)."""
+        device = self._terms[0].parameter.device if self._terms else torch.device("cpu")
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.zeros(2, len(self._terms), dtype=dtype, device=device)
+        if self._plain:
+            index = torch.tensor(self._owner, device=device)
+            for row, parts in zip(sums, (self._weighted, self._plain), strict=True):
+                row.index_add_(0, index, torch.stack([part.to(device, dtype) for part in parts]))
+        return PenaltySums(sums[0], sums[1])
+
+
+def differences(term: Term) -> Iterator[tuple[Tensor, Tensor]]:
+    """θ − θ0 and the gradient that is there, chunk by chunk; the first is in a buffer that the next chunk reuses."""
+    for chunk in walk([term._replace(weight=1.0)], gradient=True):
+        yield chunk.difference, chunk.grad
 
 
 class _Piece(NamedTuple):
@@ -155,17 +215,6 @@ def _gradient(term: Term) -> Tensor:
         # The pull is dense; sparse + dense is dense under autograd, too.
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad
-
-
-def _sums(terms: Sequence[Term], plain: list[Tensor], weighted: list[Tensor], owner: list[int]) -> PenaltySums:
-    device = terms[0].parameter.device if terms else torch.device("cpu")
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(2, len(terms), dtype=dtype, device=device)
-    if plain:
-        index = torch.tensor(owner, device=device)
-        for row, parts in zip(sums, (weighted, plain), strict=True):
-            row.index_add_(0, index, torch.stack([part.to(device, dtype) for part in parts]))
-    return PenaltySums(sums[0], sums[1])
 
 
 def _buffer(scratch: list[Tensor], slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,11 +307,12 @@ def l2sp_penalty(
     from .adapted import low_rank_penalty
 
     terms, new, low_rank = anchor.terms_for(model, weights)
+    squared: Callable[..., Tensor] = _SquaredDistance.apply
     total: Tensor | None = None
     for scale, group in ((1.0, terms), (beta, new if beta else [])):
         for term in group:
             theta = anchor.backend.differentiable(term.parameter)
-            value: Tensor = _SquaredDistance.apply(theta, term.anchor, term.weight, term.rows)
+            value = squared(theta, term.anchor, term.weight, term.rows)
             share = scale / anchor.backend.copies(term.parameter)
             value = value * share if share != 1.0 else value
             total = value if total is None else total + value.to(total.device)

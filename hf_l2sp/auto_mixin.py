@@ -1,0 +1,206 @@
+"""`l2sp_schedule="auto"` in a trainer: holds rows out, measures on them between optimizer steps, sets λ."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils import logging
+
+from .auto import AutoStrength
+from .held_out import (
+    EARLY_RELEASE,
+    EVALUATION_ROWS,
+    FEWEST_ROWS,
+    RELEASE,
+    HeldOut,
+    HeldOutSampler,
+    Portions,
+    hold_out,
+)
+from .randomness import own_randomness
+from .state import read_state
+
+if TYPE_CHECKING:
+    from .anchor import Anchor
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What to measure on: rows of a data set, as its loader would give them."""
+
+    dataset: Any
+    indices: Sequence[int]
+    collate: Any
+    held: HeldOut | None = None  # None: rows of an evaluation set
+
+    def batch(self, positions: Sequence[int], seed: int) -> Any:
+        with own_randomness(seed):  # a collator may draw masks
+            return self.collate([self.dataset[self.indices[position]] for position in positions])
+
+
+class L2SPAutoMixin:
+    """The part of `L2SPMixin` that measures. See `AutoStrength` for the rule."""
+
+    l2sp_anchor: Anchor | None
+    args: Any
+    state: Any
+    _l2sp_auto: AutoStrength | None = None
+    _l2sp_rows: _Rows | None = None
+    _l2sp_portions: Portions | None = None
+
+    @property
+    def _l2sp_is_auto(self) -> bool:
+        return bool(self._l2sp_on) and self._l2sp_arg("l2sp_schedule") == "auto"  # type: ignore[attr-defined]
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super().get_train_dataloader()  # type: ignore[misc]
+        if self._l2sp_is_auto:
+            self._l2sp_rows = self._l2sp_evaluation_rows() or self._l2sp_training_rows(loader)
+        return loader
+
+    def _l2sp_evaluation_rows(self) -> _Rows | None:
+        given = self.eval_dataset  # type: ignore[attr-defined]
+        if isinstance(given, dict):
+            given = next(iter(given.values()), None)
+        if not isinstance(given, Sized) or isinstance(given, IterableDataset) or len(given) == 0:
+            return None
+        loader = self.get_eval_dataloader(given)  # type: ignore[attr-defined]
+        rows = random.Random(self.args.seed).sample(range(len(given)), min(len(given), EVALUATION_ROWS))
+        return _Rows(loader.dataset, rows, loader.collate_fn)
+
+    def _l2sp_training_rows(self, loader: DataLoader[Any]) -> _Rows | None:
+        data: Any = loader.dataset
+        if not isinstance(data, Sized) or isinstance(data, IterableDataset):
+            raise ValueError(
+                "l2sp_schedule='auto' measures on held-out examples and cannot hold any out of a training set without "
+                "a length. Give the trainer an eval_dataset that has one, or use a constant l2sp_lambda."
+            )
+        rows = len(data)
+        steps = self.args.max_steps
+        draws = steps * self._l2sp_batch() if steps > 0 else round(self.args.num_train_epochs * rows)
+        held = hold_out(rows, draws, self.args.seed, _labels(data))
+        if not held.stand_ins:
+            logger.warning(
+                f"l2sp_schedule='auto' finds nothing to hold out of {rows} training examples (it takes {FEWEST_ROWS}, "
+                "and two of a class) and keeps l2sp_lambda as it is. Give the trainer an eval_dataset."
+            )
+            return None
+        loader.set_sampler(HeldOutSampler(loader.get_sampler(), held))  # type: ignore[attr-defined]
+        return _Rows(data, list(held.stand_ins), loader.collate_fn, held)
+
+    def _l2sp_batch(self) -> int:
+        """Rows per optimizer step, over all processes."""
+        per_step = self._train_batch_size or self.args.train_batch_size  # type: ignore[attr-defined]
+        return int(per_step * self.args.gradient_accumulation_steps * max(1, self.args.world_size))
+
+    # --- a training's course ----------------------------------------------------------------------------------------
+
+    def _l2sp_begin_auto(self, checkpoint: str | None) -> None:
+        """At the start of training: λ out of the way, or as the checkpoint left it."""
+        self._l2sp_auto = self._l2sp_portions = None
+        if not self._l2sp_is_auto:
+            return
+        assert self.l2sp_anchor is not None
+        self._l2sp_check_auto()
+        state = None if checkpoint is None else read_state(checkpoint)
+        kept = None if state is None else state.get("strength", {}).get("auto")
+        if self._l2sp_rows is None:
+            return  # nothing to measure on: λ stays as the user set it
+        self._l2sp_auto = AutoStrength() if kept is None else AutoStrength.from_state(kept)
+        if self._l2sp_rows.held is not None:
+            self._l2sp_rows.held.early = self._l2sp_auto.early
+
+    def _l2sp_check_auto(self) -> None:
+        assert self.l2sp_anchor is not None
+        cause = None
+        if self.l2sp_anchor.backend.steps_in_backward:
+            cause = "DeepSpeed, which takes every gradient for one to train on"
+        elif (getattr(self.model, "tp_size", None) or 1) > 1:  # type: ignore[attr-defined]
+            cause = "tensor parallelism, where processes share rows"
+        elif any(entry.starts for entry in self.l2sp_anchor.active_low_rank()):
+            cause = "adapters that begin with part of the base weight (PiSSA and its like)"
+        if cause is not None:
+            raise ValueError(
+                f"l2sp_schedule='auto' does not work with {cause}. Set l2sp_schedule to 'constant', and l2sp_lambda "
+                "to a value of your choice."
+            )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # Called once per optimizer step, when the gradients of the last one are gone and none is there yet.
+        if self._l2sp_auto is not None and self._l2sp_rows is not None:
+            self._l2sp_measure_auto(self._l2sp_auto, self._l2sp_rows)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def _l2sp_measure_auto(self, auto: AutoStrength, rows: _Rows) -> None:
+        step, steps, processes = self.state.global_step, self.state.max_steps, max(1, self.args.world_size)
+        count = len(rows.indices)
+        if self._l2sp_portions is None:
+            share = 1.0 if rows.held is None else RELEASE
+            self._l2sp_portions = Portions.plan(count, self._l2sp_batch(), steps, share, processes)
+        if rows.held is not None and step == self._l2sp_decision_step(steps) and auto.measured:
+            rows.held.early = auto.early = auto.has_to_learn
+        if rows.held is not None and rows.held.early and step >= EARLY_RELEASE * steps:
+            return
+        portions = self._l2sp_portions
+        if not portions.due(step):
+            return
+        positions = portions.positions(step, count, self.args.process_index, processes)
+        slope, squared = self._l2sp_slope(rows.batch(positions, self.args.seed + step))
+        auto.update(slope, squared)
+
+    def _l2sp_decision_step(self, steps: int) -> int:
+        """Where it is decided whether to release early: before the loader, which reads ahead, has come that far."""
+        workers = int(self.args.dataloader_num_workers)
+        ahead = 2 + workers * int(self.args.dataloader_prefetch_factor or 2)
+        ahead = math.ceil(ahead / int(self.args.gradient_accumulation_steps))
+        return max(1, math.floor(EARLY_RELEASE * steps) - ahead)
+
+    def _l2sp_slope(self, batch: Any) -> tuple[float, float]:
+        """⟨∇L, θ − θ0⟩ of a batch, and Σ w‖θ − θ0‖²; the same on all processes. Leaves no gradient behind."""
+        anchor = self.l2sp_anchor
+        assert anchor is not None
+        model = self.model_wrapped  # type: ignore[attr-defined]
+        # TRL's trainers collect metrics of whatever passes through compute_loss.
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))
+        anchor.join_trainable()
+        model.eval()  # without dropout; the training step switches back
+        with own_randomness(self.args.seed):
+            inputs = self._prepare_inputs(batch)  # type: ignore[attr-defined]
+            with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                loss: Tensor = self.compute_loss(model, inputs)  # type: ignore[attr-defined]
+            loss = loss.mean()  # DataParallel gives one per device
+            scale = anchor.backend.grad_scale()
+            (loss if scale is None else loss * scale.to(loss.device)).backward()
+        slope, squared = anchor.slope(), anchor.apply(0.0, gradient=False).total
+        model.zero_grad()
+        if metrics is not None:
+            self._metrics = metrics
+        if scale is not None:
+            slope = slope / scale.to(slope.device)
+        if anchor.backend.processes > 1 and not anchor.backend.sharded:
+            # Whether the gradients were averaged already depends on the wrapper; the mean is right either way.
+            slope = self.accelerator.reduce(slope.to(self.args.device), "mean")  # type: ignore[attr-defined]
+        return float(slope), float(squared)
+
+
+def _labels(data: Any) -> list[Any] | None:
+    """A class per row, where that is written down plainly."""
+    if not isinstance(data, datasets.Dataset):
+        return None
+    for name in ("labels", "label", "label_ids"):
+        if name in data.column_names:
+            values = list(data.with_format(None)[name])
+            return values if all(isinstance(value, int | str) for value in values) else None
+    return None

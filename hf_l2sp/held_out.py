@@ -1,0 +1,162 @@
+"""Rows that `l2sp_schedule="auto"` measures on: which ones, when training gets them back, and in what portions."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch.utils.data import Sampler
+
+# Parts of the training after which held-out training rows are trained on like the others: early, where they say that
+# the model has still to learn, which then needs every row; else later.
+EARLY_RELEASE = 0.35
+RELEASE = 0.55
+# Part of the training before which nothing is measured and λ does nothing: next to θ0 a slope is noise.
+BURN_IN = 0.2
+# Rows measured per row trained on, over the whole training.
+BUDGET = 0.1
+# Rows of an evaluation set that are looked at, by turns.
+EVALUATION_ROWS = 64
+# With fewer training rows there is nothing to hold out.
+FEWEST_ROWS = 8
+
+
+@dataclass
+class HeldOut:
+    """Training rows that are held out, each with one that stands in for it until it is released.
+
+    Once released, a row also takes the place of its stand-in, so that over the whole training both are seen about
+    as often as the others.
+
+    Attributes:
+        stand_ins: Held-out row → stand-in.
+        draws: Rows that the sampler will draw over the whole training.
+        early: Whether to release them early; to be set before the sampler has come that far.
+    """
+
+    stand_ins: dict[int, int]
+    draws: int
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        self._back = {stand_in: row for row, stand_in in self.stand_ins.items()}
+
+    def row(self, index: int, position: int) -> int:
+        """The row that is trained on where the sampler says `index` as the `position`-th draw of the training."""
+        if position < (EARLY_RELEASE if self.early else RELEASE) * self.draws:
+            return self.stand_ins.get(index, index)
+        return self._back.get(index, index)
+
+
+def hold_out(rows: int, draws: int, seed: int, labels: Sequence[Any] | None = None) -> HeldOut:
+    """Chooses about 1.2·√rows rows, at most a fifth, in turn from every class; each gets a stand-in of its class.
+
+    Args:
+        rows: Rows of the training set.
+        draws: Rows that the sampler will draw over the whole training.
+        seed: Of the choice; the global random state stays as it is.
+        labels: A class per row, where there are classes.
+
+    Returns:
+        The choice; no rows where there are fewer than `FEWEST_ROWS`.
+    """
+    wanted = min(rows // 5, round(1.2 * math.sqrt(rows))) if rows >= FEWEST_ROWS else 0
+    draw = random.Random(seed)
+    classes: dict[Any, list[int]] = defaultdict(list)
+    for row in range(rows):
+        classes[None if labels is None else labels[row]].append(row)
+    piles = [classes[name] for name in sorted(classes, key=str)]
+    for pile in piles:
+        draw.shuffle(pile)
+    draw.shuffle(piles)
+    stand_ins: dict[int, int] = {}
+    while len(stand_ins) < wanted:
+        before = len(stand_ins)
+        for pile in piles:
+            # A class of one keeps it: the model could not learn it otherwise.
+            if len(pile) >= 2 and len(stand_ins) < wanted:
+                stand_ins[pile.pop()] = pile.pop()
+        if len(stand_ins) == before:
+            break
+    return HeldOut(stand_ins, draws)
+
+
+class HeldOutSampler(Sampler[int]):
+    """A sampler in which held-out rows are replaced by their stand-ins until their release.
+
+    What it gives depends on the position in the whole training alone: neither on how far a loader reads ahead, nor on
+    whether the training was resumed.
+    """
+
+    def __init__(self, sampler: Sampler[int], held: HeldOut) -> None:
+        self.sampler = sampler
+        self.held = held
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.sampler))
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * len(self)
+        for offset, index in enumerate(self.sampler):
+            yield self.held.row(int(index), start + offset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `torch.utils.data.DistributedSampler.set_epoch`."""
+        self.epoch = epoch
+        inner = getattr(self.sampler, "set_epoch", None)
+        if inner is not None:
+            inner(epoch)
+
+    def __getattr__(self, name: str) -> Any:
+        # Loaders ask a sampler for its `generator`, `data_source` and the like.
+        return getattr(self.__dict__["sampler"], name)
+
+
+@dataclass(frozen=True)
+class Portions:
+    """How often and on how many rows to measure.
+
+    Attributes:
+        every: Optimizer steps between measurements.
+        rows: Rows of one measurement, on each process.
+        start: Step before which nothing is measured.
+        until: Step from which on nothing is measured.
+    """
+
+    every: int
+    rows: int
+    start: int
+    until: int
+
+    @classmethod
+    def plan(cls, rows: int, batch: int, steps: int, share: float, processes: int) -> Portions:
+        """Spreads `BUDGET` over the part of the training from `BURN_IN` to `share`.
+
+        Args:
+            rows: Rows there are to measure on.
+            batch: Rows per optimizer step, over all processes.
+            steps: Optimizer steps of the training.
+            share: Part of the steps after which nothing is measured, `BURN_IN` to 1.
+            processes: Processes that share the rows of a measurement.
+        """
+        start, until = max(1, math.ceil(BURN_IN * steps)), math.ceil(share * steps)
+        # A dozen measurements in a short training, every fourth step, fewer per step in a long one.
+        every = max(1, min(4, (until - start) // 12), (until - start) // 60)
+        allowed = BUDGET / (share - BURN_IN) * batch
+        count = max(1, math.floor(allowed * every / processes))
+        count = min(count, max(1, rows // processes))
+        return cls(max(every, math.ceil(count * processes / allowed)), count, start, until)
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before optimizer step `step`."""
+        return self.start <= step < self.until and (step - self.start) % self.every == 0
+
+    def positions(self, step: int, rows: int, process: int, processes: int) -> list[int]:
+        """Which of the rows this process measures, by turns."""
+        first = (step - self.start) // self.every * self.rows * processes + process * self.rows
+        return [(first + offset) % rows for offset in range(self.rows)]

@@ -1,0 +1,61 @@
+"""⟨∇L, θ − θ0⟩: how a loss changes along the way from θ0, from the gradients that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapted import LowRankEntry
+from .backends import Backend
+from .penalty import Term, differences
+
+
+@torch.no_grad()
+def slope_pass(terms: Sequence[Term]) -> Tensor:
+    """⟨g, θ − θ0⟩ of every term, g being its `grad`; a term without one gives 0. Changes nothing.
+
+    Works in chunks, as `penalty_pass` does, without a temporary of a parameter's size.
+
+    Returns:
+        Shape: [terms]. float64 (float32 where the device has no float64).
+    """
+    device = terms[0].parameter.device if terms else torch.device("cpu")
+    found = torch.zeros(len(terms), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for index, term in enumerate(terms):
+        if term.grad is None:
+            continue
+        for difference, grad in differences(term):
+            found[index] += torch.dot(difference.reshape(-1), grad.reshape(-1).to(difference.dtype)).to(found)
+    return found
+
+
+def slope(terms: Sequence[Term], low_rank: Sequence[LowRankEntry], backend: Backend) -> Tensor:
+    """⟨g, θ − θ0⟩ over all that is pulled; over all ranks where the model is sharded.
+
+    For adapters that began at 0 it is ⟨g_B, B⟩, which equals ⟨g_W, s·BA⟩.
+
+    Args:
+        terms: The summands, with the model's parameters, whose gradients count.
+        low_rank: Weights with adapters.
+        backend: Where parameters and gradients live.
+
+    Returns:
+        Shape: [].
+    """
+    ups = [product.up for entry in low_rank for product in entry.adapted.active().values()]
+    wanted = [term for term in [*terms, *(Term(up, None) for up in ups)] if term.parameter.grad is not None]
+    if not backend.sharded:
+        return slope_pass([term._replace(grad=_dense(term.parameter.grad)) for term in wanted]).sum()
+    # Every rank walks through the same parameters: putting a gradient into its place may need all of them.
+    wanted = [*terms, *(Term(up, None) for up in ups)]
+    found = slope_pass(
+        [t._replace(parameter=backend.local(t.parameter), grad=backend.gradient(t.parameter)) for t in wanted]
+    )
+    copies = torch.tensor([backend.copies(t.parameter) for t in wanted], dtype=found.dtype, device=found.device)
+    return backend.add_up(found / copies).sum()
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    return grad if grad is None or grad.layout == torch.strided else grad.to_dense()
