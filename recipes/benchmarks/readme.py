@@ -8,10 +8,12 @@ With --check nothing is written, and the exit code is 1 where a README does not 
 import argparse
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from _bench import RECIPES, read_results
 
+SHOWN = ("f1_macro", "nll")  # of the quality study
 FILES = (RECIPES.parent / "README.md", RECIPES / "data" / "clinical_notes" / "README.md")
 
 
@@ -127,7 +129,6 @@ def scarce_labels() -> str:
         "l2sp": "L2-SP (λ = 0.01)",
         "edits": "L2-SP + swap, delete, insert",
         "mask": "L2-SP + words of a masked language model",
-        "mask": "L2-SP + mask",
         "mixup": "L2-SP + mix-up of embeddings",
         "ensemble": "ensemble of 3 L2-SP models",
         "distill": "L2-SP + distillation of that ensemble",
@@ -175,7 +176,45 @@ def domain_adaptation() -> str:
     return "\n".join(lines)
 
 
+def quality() -> str:
+    result = read_results("quality.json")
+    runs: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
+    for run in result["runs"]:
+        runs.setdefault((run["method"], run["data"]), {})[run["shots"], run["seed"]] = run["scores"]
+    sets, methods = (list(dict.fromkeys(key[i] for key in runs)) for i in (1, 0))
+    lines = [f"| method | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}"]
+    for method in sorted(methods, key=_quality_order):
+        cells = []
+        for name in sets:
+            found, plain = runs.get((method, name), {}), runs["plain", name]
+            draws = [draw for draw in found if draw in plain]
+            if not draws:
+                cells.append("")
+                continue
+            base = {key: 0.0 if method == "plain" else mean([plain[draw][key] for draw in draws]) for key in SHOWN}
+            values = [mean([found[draw][key] for draw in draws]) - base[key] for key in SHOWN]
+            shown = " / ".join(f"{value:.3f}" if method == "plain" else f"{value:+.3f}" for value in values)
+            cells.append(f"{shown} ({len(draws)})")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    training, rows = result["config"]["training"], result["config"]["test_rows"]
+    shots = ", ".join(str(shots) for shots in sorted({run["shots"] for run in result["runs"]}))
+    steps, batch, rate = (training[key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate"))
+    lines.append(
+        f"\nmacro-F1 / NLL with {shots} texts per class: of plain fine-tuning, and of the others what they add on the "
+        f"same draws (their number in brackets). {steps} steps of {batch}, learning rate {rate:g}, {rows} test texts. "
+        "auto is given no evaluation set."
+    )
+    return "\n".join(lines)
+
+
+def _quality_order(method: str) -> tuple[int, float]:
+    kind, _, value = method.partition(" ")
+    kinds = ("plain", "l2sp", "linear", "cosine", "decoupled", "auto")
+    return kinds.index(kind), float(value) if value.replace(".", "").isdigit() else 0.0
+
+
 SECTIONS = {
+    "quality": quality,
     "main_job": main_job,
     "speed": speed,
     "memory": memory,

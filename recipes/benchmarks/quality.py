@@ -1,0 +1,81 @@
+"""Which method, which λ: data sets × shots × seeds × methods, paired by seed.
+
+    python recipes/benchmarks/quality.py --data FOLDER [--sets medical_abstracts ...] [--shots 8 16] [--seeds 5] \
+        [--methods plain "l2sp 0.1" ...] [--workers 2]
+
+FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and `label`. A seed draws the labelled
+texts and sets the head's first values and the order of batches. A run that is in the results already is not repeated,
+so that a killed study goes on where it was. Methods are those of _quality_methods.py, the settings all of them share
+those of _quality_cell.py.
+Writes results/quality.json.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bench import RESULTS, environment, read_results, write_results
+from _quality_cell import MAX_LENGTH, SCORES, TEST_ROWS, TRAINING, Cell, timed
+from _quality_methods import METHODS
+from transformers.utils import logging
+
+NAME = "quality.json"
+CONFIG = {"training": TRAINING, "max_length": MAX_LENGTH, "test_rows": TEST_ROWS}
+Key = tuple[str, int, int, str]
+
+
+def run(folder: Path, shots: int, seed: int, method: str) -> dict[str, Any]:
+    """One training, in a process of its own."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    found, seconds = timed(lambda: METHODS[method](Cell(folder, shots, seed)))
+    about = {"data": folder.name, "shots": shots, "seed": seed, "method": method}
+    return {**about, **found, "cpu_seconds": round(seconds, 1)}
+
+
+def key(entry: dict[str, Any]) -> Key:
+    return entry["data"], entry["shots"], entry["seed"], entry["method"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets' folders")
+    parser.add_argument("--sets", nargs="+", default=["medical_abstracts"])
+    parser.add_argument("--shots", type=int, nargs="+", default=[8, 16], help="labelled texts per class, 0: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--output", default=NAME)
+    options = parser.parse_args()
+    result = read_results(options.output) if (RESULTS / options.output).exists() else {"config": CONFIG, "runs": []}
+    if result["config"] != CONFIG:
+        raise SystemExit(f"{options.output} holds runs of another configuration; move it away to start anew.")
+    done = {key(entry) for entry in result["runs"]}
+    wanted = [
+        (options.data.resolve() / name, shots, seed, method)
+        for seed in options.seeds
+        for name in options.sets
+        for shots in options.shots
+        for method in options.methods
+        if (name, shots, seed, method) not in done
+    ]
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        waiting = [pool.submit(run, *job) for job in wanted]
+        for number, future in enumerate(as_completed(waiting), 1):
+            entry = future.result()
+            result["runs"].append(entry)
+            result["environment"] = environment()
+            write_results(options.output, result)
+            shown = "  ".join(f"{name} {entry['scores'][name]:.3f}" for name in SCORES)
+            print(f"{number}/{len(wanted)}  {'  '.join(map(str, key(entry)))}  {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
