@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment in .venv, made on first use (test-floor: in .venv-floor).
+# Everything runs in a virtual environment in .venv, made on first use (test-floor: in .venv-floor, release-check: in .venv-release).
 #   make demo                          set up and run the main job
 #   make test                          set up, lint, types, tests
 #   make demo TORCH='torch'            take another build of PyTorch than the pinned one
@@ -6,14 +6,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 FLOOR ?= .venv-floor
+RELEASE ?= .venv-release
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
+# The tests of a file share what they have set up.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 RUN := HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-slow test-floor lint style bench results results-domains clean
+.PHONY: help demo test test-distributed test-slow test-floor lint style reference release-check bench results \
+	results-domains clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +57,7 @@ demo: $(VENV)/.recipes ## Set up and run the main job: medical text classificati
 		recipes/medical_textcls.py --compare --overwrite_output_dir $(DEMO_ARGS)
 
 test: lint ## Set up, lint, check types, run the tests (minutes)
-	$(RUN)/python -m pytest -m "not slow and not distributed"
+	$(RUN)/python -m pytest -m "not slow and not distributed" $(SIDE_BY_SIDE)
 
 test-distributed: $(VENV)/.distributed ## Run the tests that start several processes (DDP, FSDP, DeepSpeed; on the CPU)
 	$(RUN)/python -m pytest -m distributed
@@ -62,7 +66,7 @@ test-slow: $(VENV)/.dev ## Run the tests that take longer
 	$(RUN)/python -m pytest -m slow
 
 test-floor: $(FLOOR)/.floor ## Set up the oldest versions that pyproject.toml allows (Python 3.10 or 3.11), run the core tests
-	HF_HUB_DISABLE_TELEMETRY=1 $(FLOOR)/bin/python -m pytest -m "not slow and not distributed" --ignore tests/end_to_end
+	HF_HUB_DISABLE_TELEMETRY=1 $(FLOOR)/bin/python -m pytest -m "not slow and not distributed" $(SIDE_BY_SIDE) --ignore tests/end_to_end
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,6 +76,17 @@ lint: $(VENV)/.dev
 style: $(VENV)/.dev ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/.dev ## Write the reference of all public names, hf_l2sp/API.md
+	$(BIN)/python .ci/api_reference.py
+
+$(RELEASE)/.tools:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet build twine
+	touch $@
+
+release-check: $(RELEASE)/.tools ## Build sdist and wheel, check them, try the wheel in an empty environment (minutes)
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RELEASE)/bin/python .ci/release_check.py --torch '$(TORCH)'
 
 bench: $(VENV)/.dev ## Measure speed and memory of the penalty
 	$(RUN)/python recipes/benchmarks/speed.py
@@ -91,4 +106,4 @@ results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(FLOOR) $(RELEASE) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

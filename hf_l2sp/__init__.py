@@ -7,9 +7,11 @@ __version__ = version("hf-l2sp")
 
 from .anchor import Anchor
 from .args import L2SPArguments, L2SPSeq2SeqTrainingArguments, L2SPTrainingArguments
+from .fisher import estimate_fisher
 from .interpolate import interpolate
 from .penalty import l2sp_penalty
 from .report import DriftReport, drift_report
+from .search import l2sp_hp_space
 from .trainer import L2SPMixin, L2SPSeq2SeqTrainer, L2SPTrainer
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "L2SPTrainer",
     "L2SPTrainingArguments",
     "drift_report",
+    "estimate_fisher",
     "interpolate",
+    "l2sp_hp_space",
     "l2sp_penalty",
 ]

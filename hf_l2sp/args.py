@@ -14,12 +14,6 @@ from .selection import checked_number, checked_patterns
 BACKWARD_OPTIMIZERS = ("lomo", "layerwise")
 
 
-def _not_yet(name: str, value: Any, instead: str) -> ValueError:
-    from . import __version__
-
-    return ValueError(f"{name}={value!r} is not available in hf_l2sp {__version__}; {instead}.")
-
-
 @dataclass(repr=False)  # that of TrainingArguments hides tokens
 class L2SPArguments:
     r"""The fields that L2-SP adds to any `TrainingArguments`; a dataclass mixin.
@@ -44,7 +38,11 @@ class L2SPArguments:
         l2sp_schedule (`str`, defaults to `"constant"`):
             Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` is not available yet.
         l2sp_mode (`str`, defaults to `"loss"`):
-            `loss`: the penalty is part of the objective. `decoupled` is not available yet.
+            `loss`: the penalty is part of the objective. `decoupled`: the optimizer step begins with
+            θ ← θ − lr·2·λ·w·(θ − θ0) (and θ_new ← θ_new − lr·2·β·θ_new), as AdamW decays; it is neither clipped nor
+            preconditioned, loss and gradients are those of the task, and λ is of another size than in `loss`: what
+            counts is the sum of lr·2·λ over all steps. `l2sp_penalty` is logged all the same. Not with DeepSpeed,
+            LoRA, schedule-free optimizers and `l2sp_schedule="auto"`.
         l2sp_beta (`float`, defaults to `0.0`):
             β, the weight of ‖θ_new‖² for trainable parameters that have no pretrained value (a new head). It is a
             λ of its own and is not multiplied by `l2sp_lambda`, but `l2sp_lambda` 0 switches it off too.
@@ -75,7 +73,11 @@ class L2SPArguments:
             tensor per parameter (a diagonal Fisher). The first pattern that matches decides, 1 where none does;
             a pattern that matches no parameter is an error.
         l2sp_fisher_samples (`int`, defaults to `0`):
-            Not available yet: estimate the Fisher information on that many examples before training, as w.
+            If > 0, w is the diagonal Fisher information of the task, estimated on that many training examples (with
+            the loss of the model, and with its weights before the first step) and divided by its mean, so that λ
+            keeps its size. It takes as much memory as the trainable weights in float32, and is kept as
+            `l2sp_fisher.safetensors` in `output_dir` and in every checkpoint. Not together with `l2sp_weights`, and
+            not with sharded models, LoRA and data sets without a length.
 
     > Parameters that control logging
 
@@ -84,7 +86,7 @@ class L2SPArguments:
             Also log `l2sp_drift/<layer>`, the relative drift of every layer.
 
     Raises:
-        ValueError: A value is out of range, contradicts another one or is not available yet.
+        ValueError: A value is out of range or contradicts another one.
     """
 
     l2sp_lambda: float = field(
@@ -96,11 +98,16 @@ class L2SPArguments:
     )
     l2sp_schedule: Literal["constant", "linear", "cosine", "auto"] = field(
         default="constant",
-        metadata={"help": "Course of λ: constant, or linear/cosine from λ to 0 over training (auto: not yet)."},
+        metadata={
+            "help": "Course of λ: constant, or linear/cosine from λ to 0 over training, or auto: found "
+            "from held-out examples while training."
+        },
     )
     l2sp_mode: Literal["loss", "decoupled"] = field(
         default="loss",
-        metadata={"help": "loss: the penalty is part of the objective (decoupled: not yet)."},
+        metadata={
+            "help": "loss: the penalty is part of the objective. decoupled: the optimizer step pulls, as AdamW decays."
+        },
     )
     l2sp_beta: float = field(
         default=0.0,
@@ -137,7 +144,7 @@ class L2SPArguments:
     )
     l2sp_fisher_samples: int = field(
         default=0,
-        metadata={"help": "Examples for estimating the Fisher information as w (> 0: not yet)."},
+        metadata={"help": "Training examples on which the Fisher information is estimated before training, as w."},
     )
     l2sp_log_layers: bool = field(
         default=False,
@@ -165,6 +172,11 @@ class L2SPArguments:
                 f"optim={optimizer!r} updates the weights inside the backward pass, before the gradient of the L2-SP "
                 "penalty can be added. Use another optimizer (adamw_torch, say) or l2sp_lambda=0."
             )
+        if self.l2sp_lambda > 0 and self.l2sp_mode == "decoupled" and "schedule_free" in str(optimizer):
+            raise ValueError(
+                f"optim={optimizer!r} computes each step from averages of its own, which l2sp_mode='decoupled' cannot "
+                "pull. Set l2sp_mode='loss' or another optimizer."
+            )
 
     def _check_l2sp_strength(self) -> None:
         for name in ("l2sp_lambda", "l2sp_beta"):
@@ -175,18 +187,18 @@ class L2SPArguments:
                 f"l2sp_beta={self.l2sp_beta} has no effect with l2sp_lambda=0, which switches everything off. Set "
                 "l2sp_lambda > 0, or l2sp_beta=0 and weight_decay instead."
             )
-        if self.l2sp_schedule == "auto":
-            raise _not_yet("l2sp_schedule", "auto", "choose λ with l2sp_lambda and constant, linear or cosine")
-        if self.l2sp_mode == "decoupled":
-            raise _not_yet("l2sp_mode", "decoupled", "use l2sp_mode='loss'")
-        if type(self.l2sp_fisher_samples) is not int:
-            raise ValueError(f"l2sp_fisher_samples={self.l2sp_fisher_samples!r} is not a whole number; use 0.")
-        if self.l2sp_fisher_samples != 0:
-            raise _not_yet(
-                "l2sp_fisher_samples", self.l2sp_fisher_samples, "use 0, and l2sp_weights for weights of your own"
+        if self.l2sp_schedule == "auto" and self.l2sp_lambda == 0:
+            raise ValueError(
+                "l2sp_schedule='auto' has no effect with l2sp_lambda=0, which switches everything off. Leave "
+                "l2sp_lambda at its default: auto finds its own, whatever the start."
             )
         for name in ("l2sp_schedule", "l2sp_mode"):
             self._check_l2sp_choice(name)
+        if self.l2sp_mode == "decoupled" and self.l2sp_schedule == "auto":
+            raise ValueError(
+                "l2sp_schedule='auto' finds λ in units of the loss, but l2sp_mode='decoupled' has another λ. Set "
+                "l2sp_mode='loss', or another schedule."
+            )
 
     def _check_l2sp_anchor(self) -> None:
         for name in ("l2sp_anchor_dtype", "l2sp_anchor_offload"):
@@ -207,6 +219,18 @@ class L2SPArguments:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
     def _check_l2sp_selection(self) -> None:
+        samples = self.l2sp_fisher_samples
+        if type(samples) is not int or samples < 0:
+            raise ValueError(f"l2sp_fisher_samples={samples!r} is not a whole number >= 0; use 0 to switch it off.")
+        if samples and self.l2sp_weights is not None:
+            raise ValueError(
+                f"l2sp_fisher_samples={samples} and l2sp_weights both say what w is. Leave one of them out."
+            )
+        if samples and self.l2sp_lambda == 0:
+            raise ValueError(
+                f"l2sp_fisher_samples={samples} has no effect with l2sp_lambda=0, which switches everything off. Set "
+                "l2sp_lambda > 0, or l2sp_fisher_samples=0."
+            )
         if self.l2sp_exclude is not None:
             self.l2sp_exclude = checked_patterns("l2sp_exclude", self.l2sp_exclude)
         if isinstance(self.l2sp_weights, str) and self.l2sp_weights.lstrip().startswith("{"):

@@ -18,6 +18,8 @@ from .word_prediction import check_masked_lm, substitute
 from .word_rows import Columns, Row
 from .word_synonyms import check_wordnet
 
+__all__ = ["Augmenter", "augment_dataset"]
+
 logger = logging.get_logger(__name__)
 
 NAMES = (*EDITS, "mask")
@@ -131,7 +133,9 @@ class Augmenter:
         """
         return self._augmented(batch, indices, originals=True)
 
-    def copies_only(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list]:
+    def copies_only(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None
+    ) -> dict[str, list[Any]]:
         """As a call, without the rows themselves."""
         return self._augmented(batch, indices, originals=False)
 

@@ -150,7 +150,8 @@ class Backend:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is None or not scaler.is_enabled():
             return None
-        return scaler.scale(torch.ones((), device=self.accelerator.device))
+        scaled: Tensor = scaler.scale(torch.ones((), device=self.accelerator.device))
+        return scaled
 
     def apply(self, terms: Sequence[Term], coefficient: float, gradient: bool = True) -> PenaltySums:
         """`penalty_pass` over terms whose parameters are the model's; the sums are those over all ranks.
@@ -288,7 +289,8 @@ class _PreparedFSDP(Backend):
         broadcast_object_list(outcome)
         if isinstance(outcome[0], ValueError):
             raise outcome[0]
-        return outcome[0]
+        found: _Found = outcome[0]
+        return found
 
 
 class FSDP2Backend(_PreparedFSDP, DTensorBackend):
@@ -382,21 +384,25 @@ class DeepSpeedBackend(Backend):
         return getattr(parameter, "_hp_mapping", None)
 
     def local(self, parameter: Any) -> Tensor:
+        found: Tensor
         if self._partitioned(parameter):
-            if not parameter.requires_grad:
-                return parameter.ds_tensor.detach().view(-1)[: self._held(parameter)]
-            from deepspeed.utils import safe_get_local_fp32_param
+            if parameter.requires_grad:
+                from deepspeed.utils import safe_get_local_fp32_param
 
-            # The last rank's part ends in padding.
-            return safe_get_local_fp32_param(parameter).detach()[: self._held(parameter)]
-        if not hasattr(parameter, "_hp_mapping"):
-            return parameter.detach()
-        fragment = self._fragment(parameter)
-        return parameter.detach().view(-1)[:0].float() if fragment is None else fragment.hp_fragment.detach()
+                found = safe_get_local_fp32_param(parameter).detach()
+            else:
+                found = parameter.ds_tensor.detach().view(-1)
+            return found[: self._held(parameter)]  # the last rank's part ends in padding
+        found = parameter.detach()
+        if hasattr(parameter, "_hp_mapping"):
+            fragment = self._fragment(parameter)
+            found = found.view(-1)[:0].float() if fragment is None else fragment.hp_fragment.detach()
+        return found
 
     def _held(self, parameter: Any) -> int:
-        part = parameter.ds_tensor.ds_numel
-        return max(0, min(part, parameter.ds_numel - part * self._rank_of(parameter)))
+        part: int = parameter.ds_tensor.ds_numel
+        rest: int = parameter.ds_numel - part * self._rank_of(parameter)
+        return max(0, min(part, rest))
 
     def _rank_of(self, parameter: Any) -> int:
         return dist.get_rank(group=getattr(parameter, "ds_process_group", None))
@@ -422,15 +428,18 @@ class DeepSpeedBackend(Backend):
         return world // dist.get_world_size(group=parameter._dp_group)
 
     def gradient(self, parameter: Any) -> Tensor:
+        grad: Tensor
         if self._partitioned(parameter):
             from deepspeed.utils import safe_get_local_grad
 
-            return safe_get_local_grad(parameter)[: self._held(parameter)]
+            grad = safe_get_local_grad(parameter)
+            return grad[: self._held(parameter)]
         if not hasattr(parameter, "_hp_mapping"):
             return super().gradient(parameter)
         fragment = self._fragment(parameter)
         if fragment is None:
-            return parameter.detach().view(-1)[:0]
+            grad = parameter.detach()
+            return grad.view(-1)[:0]
         grad = fragment.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
         if grad.numel() != fragment.lp_fragment_address.numel:  # the bf16 optimizer keeps the whole gradient
             return grad[self.region(parameter).flat]

@@ -37,7 +37,7 @@ A penalty kept the weights θ near those of the pretrained model, θ0, while the
 | λ | $strength |
 | schedule | $schedule |
 | mode | $mode |
-| β (pull of new parameters to 0) | $beta |
+| β (pull of new parameters to 0) | $beta |$alpha
 | anchored / new / frozen / excluded numbers | $counts |
 | drift ‖θ − θ0‖ / ‖θ0‖ | $drift |
 | fingerprint of θ0 | `$fingerprint` |
@@ -84,7 +84,7 @@ def l2sp_section(report: DriftReport, base_model: str | None = None, files: tupl
     """
     from . import __version__
 
-    counts = report.counts
+    counts, alpha = report.counts, report.settings.get("alpha")
     told = "`l2sp_state.json` identifies θ0"
     if REPORT_NAME in files:
         told += f"; [`{REPORT_NAME}`]({REPORT_NAME}) has the drift of every layer"
@@ -96,6 +96,7 @@ def l2sp_section(report: DriftReport, base_model: str | None = None, files: tupl
         schedule=report.settings["schedule"],
         mode=report.settings["mode"],
         beta=f"{report.settings['beta']:g}",
+        alpha="" if alpha is None else f"\n| interpolated: θ0 + α(θ − θ0), α | {alpha:g} |",
         counts=" / ".join(f"{counts[role]:,}" for role in ROLES),
         drift=f"{report.total.drift:.4f}",
         fingerprint=report.anchor["fingerprint"],

@@ -22,8 +22,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
 )
+from transformers.utils.hub import cached_file
 
 from .naming import canonical_name
 from .penalty import CHUNK
@@ -77,7 +77,8 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now."""
         opened, key = self._where[name]
-        return opened.get_tensor(key)
+        found: Tensor = opened.get_tensor(key)
+        return found
 
 
 def _present_name(key: str) -> str:

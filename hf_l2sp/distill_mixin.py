@@ -126,7 +126,7 @@ class DistillationMixin:
 
     @property
     def _distill_on(self) -> bool:
-        return self._distill_arg("distill_alpha") > 0
+        return bool(self._distill_arg("distill_alpha") > 0)
 
     # --- teachers ---------------------------------------------------------------------------------------------------
 
@@ -181,11 +181,13 @@ class DistillationMixin:
 
     @property
     def _distill_across(self) -> bool:
-        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
+        return bool(self.args.average_tokens_across_devices and self.accelerator.num_processes > 1)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor
         if not self._distill_on:
-            return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+            loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+            return loss
         self._distill_in_step = True
         try:
             loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]

@@ -84,4 +84,5 @@ def logits_of(outputs: Any) -> Tensor:
             f"The student's output is a {type(outputs).__name__} without 'logits', which distillation compares with "
             "the teacher's. Use a classification model of transformers, with return_dict=True."
         )
-    return outputs["logits"]
+    logits: Tensor = outputs["logits"]
+    return logits

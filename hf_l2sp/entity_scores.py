@@ -221,7 +221,8 @@ def predicted_ids(predictions: Any, labels: IntArray, n_labels: int) -> IntArray
             f"The logits of {int(broken.sum())} of {int((labels != IGNORED).sum())} tokens are NaN or infinite: "
             "training has diverged or overflowed. Lower the learning rate, or train in bf16 or fp32 instead of fp16."
         )
-    return values.argmax(axis=-1)
+    ids: IntArray = values.argmax(axis=-1)
+    return ids
 
 
 def label_matrix(label_ids: Any, n_labels: int) -> IntArray:

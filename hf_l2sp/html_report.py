@@ -21,6 +21,8 @@ from .run_folder import COMPARISON_NAME, FILES, REPORT_NAME, TRAINER_STATE_NAME,
 from .run_record import RUN_NAME
 from .score_table import direction, pairs, splits
 
+__all__ = ["write_html_report"]
+
 HTML_NAME = "l2sp_report.html"
 PAPER = "https://arxiv.org/abs/1802.01483"
 

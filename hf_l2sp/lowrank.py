@@ -6,6 +6,7 @@ are 2U(VVᵀ) and 2(UᵀU)V: R × R products instead of an out × in one. Pure t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +87,8 @@ def lowrank_squared(term: LowRank) -> Tensor:
     Returns:
         ‖Σ s·BA − Σ s0·B0A0‖². Shape: []. float64 (float32 where the device has none).
     """
-    squared: Tensor = _Squared.apply(term, *_factors(term))
-    return squared
+    squared: Callable[..., Tensor] = _Squared.apply
+    return squared(term, *_factors(term))
 
 
 def _factors(term: LowRank) -> list[Tensor]:

@@ -126,7 +126,8 @@ class _OfflineMetric(evaluate.Metric):
 
     def _build_data_dir(self) -> str:
         # evaluate makes a cache folder even for examples kept in memory, which fails on a read-only home.
-        return self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
+        folder: str = self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
+        return folder
 
     def _make_info(self, inputs: str, scored: dict[str, Any]) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -163,7 +164,8 @@ class _OfflineMetric(evaluate.Metric):
             self.add_batch(**columns)
         if self.writer is None:
             raise ValueError("No examples: pass them to compute, or add some with add or add_batch before it.")
-        return super().compute(**given)
+        scores: dict[str, float] | None = super().compute(**given)
+        return scores
 
 
 class _ConfusionMetric(_OfflineMetric):

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor
 from .args import L2SPArguments
+from .auto import AutoStrength
 from .card import add_l2sp_section, write_report
 from .card_scores import scores_by_split
 from .checkpoints import checked_resume, checkpoint_written, model_written
@@ -42,15 +43,18 @@ class L2SPOutputs:
     _l2sp_window: list[Tensor]
     _l2sp_last: tuple[float, list[str], Tensor] | None
     _l2sp_saving: str | None
+    _l2sp_auto: AutoStrength | None
 
     def _l2sp_arg(self, name: str) -> Any:
         return getattr(self.args, name, _DEFAULTS[name])
 
     @property
     def _l2sp_on(self) -> bool:
-        return self._l2sp_arg("l2sp_lambda") > 0
+        return bool(self._l2sp_arg("l2sp_lambda") > 0)
 
     def _l2sp_strength(self) -> float:
+        if self._l2sp_auto is not None:
+            return self._l2sp_auto.value
         # Read anew each time: hyperparameter search and callbacks set the argument while the trainer lives.
         return strength_at(
             self._l2sp_arg("l2sp_schedule"),
@@ -75,7 +79,7 @@ class L2SPOutputs:
         strength, names, squared = self._l2sp_last
         total, layers = layer_drift(self.l2sp_anchor, dict(zip(names, squared.tolist(), strict=True)))
         logs = {
-            "task_loss": loss - penalty,
+            "task_loss": loss - (0.0 if self._l2sp_arg("l2sp_mode") == "decoupled" else penalty),
             "l2sp_penalty": penalty,
             "l2sp_distance": total.distance,
             "l2sp_drift": total.drift,
@@ -107,11 +111,13 @@ class L2SPOutputs:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         if not self._l2sp_on or self.l2sp_anchor is None or not self.l2sp_anchor.attached:
-            return super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+            return
         run: str = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
         self._l2sp_saving = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
             with checkpoint_written(self, self._l2sp_saving, self._l2sp_state()):
+                self._l2sp_keep_fisher(self._l2sp_saving)  # type: ignore[attr-defined]
                 super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._l2sp_saving = None
@@ -137,18 +143,22 @@ class L2SPOutputs:
 
     def _l2sp_state(self) -> dict[str, Any]:
         assert self.l2sp_anchor is not None
+        strength = schedule_state(
+            self._l2sp_arg("l2sp_schedule"),
+            float(self._l2sp_arg("l2sp_lambda")),
+            self.state.global_step,
+            self.state.max_steps or 0,
+            self._l2sp_auto,
+        )
         return {
             "anchor": anchor_state(self.l2sp_anchor),
-            "strength": schedule_state(
-                self._l2sp_arg("l2sp_schedule"),
-                float(self._l2sp_arg("l2sp_lambda")),
-                self.state.global_step,
-                self.state.max_steps or 0,
-            ),
+            "strength": strength,
             "mode": self._l2sp_arg("l2sp_mode"),
             "beta": float(self._l2sp_arg("l2sp_beta")),
             "exclude": self._l2sp_arg("l2sp_exclude"),
             "weights": self._l2sp_arg("l2sp_weights"),
+            **self._l2sp_fisher_state(),  # type: ignore[attr-defined]
+            **self._l2sp_interpolation_state(),  # type: ignore[attr-defined]
         }
 
     # --- report, card -----------------------------------------------------------------------------------------------
@@ -175,6 +185,8 @@ class L2SPOutputs:
         report.settings = {
             name: self._l2sp_arg(f"l2sp_{name}") for name in ("lambda", "schedule", "mode", "beta", "exclude")
         }
+        if chosen := self._l2sp_interpolation_state():  # type: ignore[attr-defined]
+            report.settings["alpha"] = chosen["interpolation"]["alpha"]
         report.history = [
             {key: entry[key] for key in HISTORY_KEYS if key in entry}
             for entry in self.state.log_history
@@ -226,6 +238,7 @@ class L2SPOutputs:
         return push(self, commit_message, blocking, token, revision, private, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._l2sp_on:
-            return super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-        push_checkpoint(self, checkpoint_folder)
+        if self._l2sp_on:
+            push_checkpoint(self, checkpoint_folder)
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]

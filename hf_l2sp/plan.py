@@ -119,6 +119,14 @@ class Plan:
             if entry.original is not None:
                 entry.original = now.copies[name].original
 
+    def weigh(self, weights: Mapping[str, float | Tensor]) -> None:
+        """Sets w; as in `build_plan`.
+
+        Raises:
+            ValueError: A pattern or tensor matches no parameter, or a tensor has the wrong shape or values.
+        """
+        _apply_weights(self, weights)
+
     def summary(self) -> str:
         """One line: how many parameters are anchored, new, frozen and excluded."""
         parts = []
@@ -276,6 +284,8 @@ def _by_pattern(name: str, patterns: Mapping[str, float]) -> float:
 
 
 def _checked_tensor(entry: PlanEntry, weight: Tensor) -> float | Tensor:
+    if entry.rows is not None and tuple(weight.shape) == entry.shape:
+        weight = weight[: entry.rows]  # a Fisher information knows nothing of pretrained rows
     if weight.dim() > 0 and tuple(weight.shape) != entry.pulled_shape:
         raise ValueError(
             f"l2sp_weights: the tensor for {entry.name} has shape {tuple(weight.shape)}, the parameter "

@@ -20,6 +20,7 @@ _LEFT_OUT = (
     "training_args.bin",  # a pickle of all arguments: hub_token, folders, names of runs
     "*tfevents*",  # the same arguments, and the name of the host in that of the file
     "*.log",
+    "l2sp_fisher.safetensors",  # gradients on the training data
     *("run.json", "*.html"),  # of a recipe: its command line, with the names of its data
     *("*.csv", "*.tsv", "*.jsonl", "*.parquet", "*.arrow", "*.xlsx"),  # data: texts, predictions
 )
@@ -41,7 +42,7 @@ def public_files(
     """The files of a folder that may be uploaded, as additions to a commit; the folder stays as it is.
 
     Left out: checkpoints, hidden files, names with a leading underscore, `training_args.bin`, TensorBoard's events,
-    logs, files of data and a recipe's command. In the others that are text, paths of this machine give way to the Hub
+    logs, files of data, a Fisher information and a recipe's command. In the others that are text, paths of this machine give way to the Hub
     id that the model card names, or to their last part; the home folder, the cache and the token to dots. Cards of
     sentence-transformers lose their samples of the training data.
 

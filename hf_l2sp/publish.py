@@ -17,10 +17,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, create_commit, create_repo, run_as_future
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from .public import CARD_NAME, public_files
 from .state import STATE_NAME
+
+__all__ = ["PushError", "push_folder"]
 
 logger = logging.get_logger(__name__)
 

@@ -80,5 +80,7 @@ def measured_again(folder: RunFolder) -> DriftReport:
     report.anchor = {key: anchor[key] for key in ("source", "revision", "fingerprint")}
     report.settings = {"lambda": strength.get("base"), "schedule": strength.get("schedule")}
     report.settings |= {name: state.get(name) for name in ("mode", "beta", "exclude")}
+    if isinstance(state.get("interpolation"), dict):
+        report.settings["alpha"] = state["interpolation"].get("alpha")
     report.history = [{k: as_number(e.get(k)) for k in HISTORY_KEYS} for e in folder.history if "task_loss" in e]
     return report

@@ -91,7 +91,8 @@ class DriftReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python values, ready for JSON, which knows no NaN and no infinity: None there."""
-        return for_json(asdict(self))
+        values: dict[str, Any] = for_json(asdict(self))
+        return values
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as JSON; the folder is made where needed."""

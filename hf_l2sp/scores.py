@@ -156,7 +156,7 @@ def mcc_from_confusion(matrix: IntArray) -> float:
     # Python integers: the products reach examples**4, which int64 cannot hold from some 55,000 examples on.
     true, predicted = matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()
     n, correct = sum(true), int(np.trace(matrix))
-    covariance = correct * n - sum(t * p for t, p in zip(true, predicted, strict=True))
+    covariance: int = correct * n - sum(t * p for t, p in zip(true, predicted, strict=True))
     variance_true = n * n - sum(t * t for t in true)
     variance_predicted = n * n - sum(p * p for p in predicted)
     if not variance_true or not variance_predicted:

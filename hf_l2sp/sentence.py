@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file
+
+from .binaries import load_binary
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +69,7 @@ def _tensors(source: str, folder: str, revision: str | None, cached: bool) -> di
     if safe is not None:
         return load_file(safe)
     binary = _file(source, f"{folder}/{WEIGHTS_NAME}", revision, cached)
-    return {} if binary is None else torch.load(binary, map_location="cpu", weights_only=True)
+    return {} if binary is None else load_binary(binary)
 
 
 def _file(source: str, name: str, revision: str | None, cached: bool) -> Path | None:

@@ -85,7 +85,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if state["format_version"] != FORMAT_VERSION:
             raise _other_version(path, state)
         state["anchor"]["fingerprint"], state["anchor"]["source"], state["anchor"]["revision"]

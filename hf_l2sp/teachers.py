@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .naming import unwrap
 
@@ -138,6 +138,7 @@ def load_teacher(source: str, student: nn.Module) -> nn.Module:
             "teacher yourself and give it to the trainer: teacher=model."
         )
     try:
+        model: nn.Module
         model, found = auto.from_pretrained(source, dtype="auto", output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(

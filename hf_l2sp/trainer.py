@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
+from .alpha_mixin import L2SPInterpolationMixin
 from .anchor import Anchor
+from .auto_mixin import L2SPAutoMixin
 from .backends import Backend, make_backend
 from .checkpoints import output_folder_made
+from .decoupled_mixin import L2SPDecoupledMixin
+from .fisher_mixin import L2SPFisherMixin
 from .heads import warn_if_head_ignores_item_count
 from .launch import check_launch
 from .naming import canonical_name, unwrap
@@ -28,7 +32,7 @@ logger = logging.get_logger(__name__)
 _trained_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class L2SPMixin(L2SPOutputs):
+class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpolationMixin, L2SPOutputs):
     """Adds λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the objective of any `transformers.Trainer`; put it first.
 
     `class MySFT(L2SPMixin, SFTTrainer)`, with arguments from `class MyConfig(L2SPArguments, SFTConfig)`; plain
@@ -36,8 +40,9 @@ class L2SPMixin(L2SPOutputs):
 
     θ0 is taken once per model, before any checkpoint is loaded into it. The gradient of the penalty is added once
     per optimizer step, when the gradients of all micro-batches are there and before they are clipped, whatever the
-    gradient accumulation, precision or loss scale; the step returns task loss plus penalty. Evaluation and
-    prediction know nothing of it. With `l2sp_lambda` 0 every method is the one of `Trainer`.
+    gradient accumulation, precision or loss scale; the step returns task loss plus penalty. With
+    `l2sp_mode="decoupled"` the optimizer pulls instead, and loss and gradients are those of the task. Evaluation and
+    prediction know nothing of either. With `l2sp_lambda` 0 every method is the one of `Trainer`.
 
     Source: Li, Grandvalet and Davoine, 2018 (arXiv 1802.01483).
 
@@ -75,6 +80,9 @@ class L2SPMixin(L2SPOutputs):
             self.l2sp_anchor = None  # that of an earlier model need not stay beside the new one
             self.l2sp_anchor = self._l2sp_take_anchor(bare, make_backend(self.accelerator, bare))
             self._l2sp_model = weakref.ref(bare)
+            self._l2sp_check_fisher()
+            if self._l2sp_decoupled:
+                self._l2sp_check_decoupled()
             self.l2sp_anchor.when_attached(self._l2sp_anchor_attached)
         if checkpoint is not None:
             self._l2sp_check_against(checkpoint)
@@ -98,6 +106,7 @@ class L2SPMixin(L2SPOutputs):
         # What was unfrozen before the checkpoint still has its pretrained value here, and not once it is loaded.
         self.l2sp_anchor.join_trainable(also=entry_names(state))
         check_fingerprint(self.l2sp_anchor, state, checkpoint)
+        self._l2sp_restore_fisher(checkpoint, state)
 
     def _l2sp_take_anchor(self, bare: nn.Module, backend: Backend) -> Anchor:
         options = {
@@ -130,9 +139,7 @@ class L2SPMixin(L2SPOutputs):
         self, batch_size: Any = None, args: Any = None, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any
     ) -> Any:
         self._l2sp_checkpoint = resume_from_checkpoint
-        result = super()._inner_training_loop(  # type: ignore[misc]
-            batch_size, args, resume_from_checkpoint, *rest, **kwargs
-        )
+        result = super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
         if self._l2sp_on and self.l2sp_anchor is not None and self.l2sp_anchor.backend.sharded:
             self._l2sp_last = self._l2sp_measure()  # later no other rank may be there to join in
         return result
@@ -146,7 +153,7 @@ class L2SPMixin(L2SPOutputs):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self._l2sp_on:
             self._l2sp_prepare_anchor()
-        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        return super().create_optimizer(*args, **kwargs)
 
     def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
         if self._l2sp_on and self.is_in_train:
@@ -166,6 +173,7 @@ class L2SPMixin(L2SPOutputs):
                     if self._l2sp_checkpoint is not None:
                         self._l2sp_check_against(self._l2sp_checkpoint)
                 backend.before_step(self._l2sp_before_engine_step)
+            self._l2sp_begin_auto(self._l2sp_checkpoint)
         return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -188,7 +196,7 @@ class L2SPMixin(L2SPOutputs):
         """Task loss; plus the penalty, differentiable, for a model in training mode outside a training step.
 
         Inside a training step the term stays out of the graph: `training_step` adds its gradient and its value once
-        per optimizer step, instead of once per micro-batch.
+        per optimizer step, instead of once per micro-batch. `l2sp_mode="decoupled"` has no such term.
         """
         if not self._l2sp_on:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -196,7 +204,7 @@ class L2SPMixin(L2SPOutputs):
             warn_if_head_ignores_item_count(self, super().compute_loss, model, inputs, args, kwargs)  # type: ignore[misc]
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if not model.training:
+        if not model.training or self._l2sp_decoupled:
             return result
         self._l2sp_prepare_anchor()
         assert self.l2sp_anchor is not None
@@ -221,6 +229,9 @@ class L2SPMixin(L2SPOutputs):
         backend = self.l2sp_anchor.backend
         # What was unfrozen since the last step still has its pretrained value.
         self.l2sp_anchor.join_trainable()
+        self._l2sp_weigh()
+        if self._l2sp_decoupled:
+            self._l2sp_let_optimizer_pull()
         self._l2sp_in_step = True
         try:
             loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
@@ -228,6 +239,9 @@ class L2SPMixin(L2SPOutputs):
             self._l2sp_in_step = False
         # Set by the training loop before each micro-batch: true for the last one of a window, be it a short one.
         if not self.accelerator.sync_gradients:
+            return loss
+        _trained_models.add(unwrap(self.model))
+        if self._l2sp_decoupled:
             return loss
         if backend.steps_in_backward:
             penalty, self._l2sp_stepped = self._l2sp_stepped, None
@@ -238,7 +252,6 @@ class L2SPMixin(L2SPOutputs):
                 "DeepSpeed took a step without L2-SP's penalty. Was the engine replaced during training? Let the "
                 "trainer make it."
             )
-        _trained_models.add(unwrap(self.model))
         # At least float32: a bfloat16 loss would swallow the penalty, which is counted once in the logged sum.
         dtype = torch.promote_types(loss.dtype, torch.float32)
         return loss.to(dtype) + penalty.to(device=loss.device, dtype=dtype)

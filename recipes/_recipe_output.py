@@ -23,13 +23,15 @@ from hf_l2sp.score_table import score_names
 # What a recipe or its Trainer writes: nothing else is ever deleted.
 _OWN_FILES = re.compile(
     r"README\.md|(all|train|eval|test)_results\.json|comparison\.json|trainer_state\.json|training_args\.bin"
-    r"|l2sp_(state\.json|report\.(json|png|html))|eval_predictions\.json|run\.json|perplexity\.png|config\.json|generation_config\.json"
+    r"|l2sp_(state\.json|fisher\.safetensors|report\.(json|png|html))|eval_predictions\.json|run\.json|perplexity\.png"
+    r"|lambda_search\.(json|png)"
+    r"|config\.json|generation_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
     r"|vocab\.(txt|json)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
 )
 # One of these tells that the folder is the output of a Trainer, not the home of somebody's model.
-_MARKS = ("training_args.bin", "trainer_state.json", "all_results.json")
+_MARKS = ("training_args.bin", "trainer_state.json", "all_results.json", "lambda_search.json")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 

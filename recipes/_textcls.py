@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,18 @@ def textcls_parser(arguments_class: type[RecipeTrainingArguments], description: 
 
 def run_textcls(parser: RecipeParser, argv: list[str] | None, task: Task) -> None:
     """The whole of a recipe: trains, evaluates and saves, or predicts alone, as the command line says."""
-    model_args, data_args, augment_args, predict_args, settings = parser.parse(argv)
+    run_parsed(parser.parse(argv), task)
+
+
+def run_parsed(parts: tuple[Any, ...], task: Task, make_run: Callable[..., Run] = Run) -> None:
+    """`run_textcls` of arguments that are parsed: those of `textcls_parser`, in its order.
+
+    Args:
+        parts: The arguments.
+        task: What it is about.
+        make_run: Makes the run.
+    """
+    model_args, data_args, augment_args, predict_args, settings = parts
 
     # Everything that can be refused is refused here, before any text is tokenized.
     check_data_arguments(data_args)
@@ -81,7 +93,7 @@ def run_textcls(parser: RecipeParser, argv: list[str] | None, task: Task) -> Non
     if predict_args.predict_only:
         trainer = trained(source, data_args.max_seq_length, settings)
     else:
-        trainer = train(source, task, data_args, augment_args, settings)
+        trainer = train(source, task, data_args, augment_args, settings, make_run)
     if texts is not None and predict_args.predict_output is not None:
         predict(trainer, texts, data_args.max_seq_length, predict_args.predict_output)
 
@@ -90,11 +102,16 @@ def run_textcls(parser: RecipeParser, argv: list[str] | None, task: Task) -> Non
 
 
 def train(
-    source: ModelSource, task: Task, data_args: DataArguments, augment_args: AugmentArguments, settings: Settings
+    source: ModelSource,
+    task: Task,
+    data_args: DataArguments,
+    augment_args: AugmentArguments,
+    settings: Settings,
+    make_run: Callable[..., Run] = Run,
 ) -> Trainer:
     """Trains on the data, writes the output folder, prints the table; returns the trainer with the trained model."""
     data = data_args.dataset_name or ("local" if data_args.train_file else task.data)
-    run = Run(settings, source, "text-classification", data, recorded(data_args, augment_args))
+    run = make_run(settings, source, "text-classification", data, recorded(data_args, augment_args))
     augmenter = make_augmenter(augment_args, settings["seed"], run.args.device)
     with run.args.main_process_first(desc="loading the data"):  # a dataset on the Hub is fetched once
         splits, notes = load_splits(data_args, task.embedded, settings["seed"])

@@ -39,6 +39,7 @@ COMMAND_LINES = [
     ("--l2sp_schedule linear", "l2sp_schedule", "linear"),
     ("--l2sp_schedule cosine", "l2sp_schedule", "cosine"),
     ("--l2sp_mode loss", "l2sp_mode", "loss"),
+    ("--l2sp_mode decoupled", "l2sp_mode", "decoupled"),
     ("--l2sp_beta 0.25", "l2sp_beta", 0.25),
     ("--l2sp_anchor bert-base-uncased", "l2sp_anchor", "bert-base-uncased"),
     ("--l2sp_anchor a/b --l2sp_anchor_revision main", "l2sp_anchor_revision", "main"),
@@ -50,6 +51,7 @@ COMMAND_LINES = [
     ('--l2sp_weights {"layer\\\\.0":0.5,"layer":2}', "l2sp_weights", {r"layer\.0": 0.5, "layer": 2.0}),
     ("--l2sp_weights fisher.safetensors", "l2sp_weights", "fisher.safetensors"),
     ("--l2sp_fisher_samples 0", "l2sp_fisher_samples", 0),
+    ("--l2sp_fisher_samples 64", "l2sp_fisher_samples", 64),
     ("--l2sp_log_layers", "l2sp_log_layers", True),
     ("--l2sp_log_layers True", "l2sp_log_layers", True),
     ("--l2sp_log_layers False", "l2sp_log_layers", False),
@@ -65,12 +67,14 @@ REFUSALS = [
     ({"l2sp_beta": math.nan}, "l2sp_beta=nan must be a finite number"),
     ({"l2sp_beta": math.inf}, "l2sp_beta=inf must be a finite number"),
     ({"l2sp_lambda": 0, "l2sp_beta": 0.5}, r"l2sp_beta=0\.5 has no effect with l2sp_lambda=0"),
-    ({"l2sp_schedule": "auto"}, "l2sp_schedule='auto' is not available in hf_l2sp .*constant, linear or cosine"),
+    ({"l2sp_schedule": "auto", "l2sp_lambda": 0}, "l2sp_schedule='auto' has no effect with l2sp_lambda=0"),
     ({"l2sp_schedule": "step"}, "l2sp_schedule='step' is unknown; choose one of 'constant', 'linear', 'cosine'"),
-    ({"l2sp_mode": "decoupled"}, "l2sp_mode='decoupled' is not available in hf_l2sp .*use l2sp_mode='loss'"),
+    ({"l2sp_mode": "decoupled", "l2sp_schedule": "auto"}, "l2sp_schedule='auto' finds λ in units of the loss"),
     ({"l2sp_mode": "both"}, "l2sp_mode='both' is unknown; choose one of 'loss', 'decoupled'"),
-    ({"l2sp_fisher_samples": 8}, "l2sp_fisher_samples=8 is not available in hf_l2sp .*l2sp_weights"),
-    ({"l2sp_fisher_samples": -1}, "l2sp_fisher_samples=-1 "),
+    ({"l2sp_fisher_samples": 8, "l2sp_weights": {"a": 1}}, "l2sp_fisher_samples=8 and l2sp_weights both say what w"),
+    ({"l2sp_fisher_samples": 8, "l2sp_lambda": 0}, "l2sp_fisher_samples=8 has no effect with l2sp_lambda=0"),
+    ({"l2sp_fisher_samples": -1}, "l2sp_fisher_samples=-1 is not a whole number >= 0; use 0"),
+    ({"l2sp_fisher_samples": True}, "l2sp_fisher_samples=True is not a whole number"),
     ({"l2sp_anchor": ""}, "l2sp_anchor='' is empty; give a Hub id or a local path"),
     ({"l2sp_anchor": "  "}, "l2sp_anchor=.*is empty"),
     ({"l2sp_anchor_revision": "v2"}, "l2sp_anchor_revision='v2' needs l2sp_anchor"),
@@ -172,6 +176,14 @@ def test_optimizer_inside_backward_is_refused_unless_switched_off(optimizer, out
     with pytest.raises(ValueError, match=f"optim='{optimizer}' updates the weights inside the backward pass"):
         L2SPTrainingArguments(output_dir=output_dir, optim=optimizer)
     assert L2SPTrainingArguments(output_dir=output_dir, optim=optimizer, l2sp_lambda=0).optim == optimizer
+
+
+def test_schedule_free_optimizer_is_refused_where_it_pulls(output_dir):
+    options = {"output_dir": output_dir, "optim": "schedule_free_adamw"}
+    with pytest.raises(ValueError, match="optim='schedule_free_adamw' computes each step from averages of its own"):
+        L2SPTrainingArguments(l2sp_mode="decoupled", **options)
+    assert L2SPTrainingArguments(**options).l2sp_mode == "loss"
+    assert L2SPTrainingArguments(l2sp_mode="decoupled", l2sp_lambda=0, **options).l2sp_lambda == 0
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from hf_l2sp import L2SPTrainer, L2SPTrainingArguments  # noqa: E402
+from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, held_out  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
 
 
@@ -205,6 +205,18 @@ def logs(trainer: Trainer) -> list[dict[str, float]]:
     return [{k: log[k] for k in keys if k in log} for log in trainer.state.log_history if "loss" in log]
 
 
+def choose(trainer: Trainer) -> dict[str, Any]:
+    """Goes back towards θ0 as far as the evaluation set says, and saves that."""
+    trainer.eval_dataset = data(10)
+    found = trainer.select_interpolation((0.0, 0.25, 0.5, 0.75, 1.0))
+    trainer.save_model()
+    return {"alpha": found.alpha, "scores": list(found.scores.values())}
+
+
+def found_strengths(trainer: Trainer) -> list[float]:
+    return [log["l2sp_lambda"] for log in trainer.state.log_history if "l2sp_lambda" in log]
+
+
 def error_of(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -254,6 +266,27 @@ def main() -> None:
         other = train | {"l2sp_anchor": str(FOLDER / "origin")}
         outcome["other_anchor"] = error_of(lambda: run("refused", resume=checkpoint, **other))
     run("disk", l2sp_anchor_offload="disk", **train)
+    decoupled = {"l2sp_mode": "decoupled", "l2sp_lambda": 100.0, "l2sp_beta": 50.0, "max_grad_norm": 0.5}
+    decoupled |= {"l2sp_weights": str(FOLDER / "fisher.safetensors")}
+    if BACKEND.startswith("zero"):
+        outcome["decoupled"] = error_of(lambda: run("refused", **decoupled))
+    else:
+        outcome["decoupled"] = logs(run("decoupled", **saving, **decoupled))
+    if resumes and not BACKEND.startswith("zero"):
+        run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
+    auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 2}
+    if BACKEND.startswith("zero"):
+        outcome["auto"] = error_of(lambda: run("refused", **auto))
+    else:
+        held_out.BUDGET = 1.0  # enough for the same rows to be measured, however many processes share them
+        outcome["auto"] = found_strengths(run("auto", **auto))
+    whole_on_each = BACKEND in ("single", "ddp")
+    if whole_on_each:
+        outcome["weighed"] = logs(run("weighed", l2sp_fisher_samples=9, **train))
+        outcome["chosen"] = choose(run("chosen", **train))
+    else:
+        outcome["weighed"] = error_of(lambda: run("refused", l2sp_fisher_samples=9, **train))
+        outcome["chosen"] = error_of(lambda: choose(whole))
     settings = {"l2sp_lambda": LAM, "learning_rate": 1e-2, "max_grad_norm": 0.5}
     # PEFT neither copies nor decomposes a weight that is sharded already.
     starts = () if BACKEND == "sharded-load" else (True, "pissa")

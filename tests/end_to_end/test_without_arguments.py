@@ -25,8 +25,10 @@ PROGRAMS = {
     "finance_ner": ("token-classification", "Ardent Foods plc paid $3 million on Monday.", "test_f1"),
     "domain_adapt_mlm": ("fill-mask", "The patient has a [MASK].", "eval_perplexity"),
     "distill": ("text-classification", "Crushing chest pain on exertion, relieved by rest.", "test_f1_macro"),
+    "lambda_search": ("text-classification", "Crushing chest pain on exertion, relieved by rest.", "test_f1_macro"),
 }
 CHANCE = {"sentiment": 1 / 3, "legal_textcls": 1 / 8, "clinical_ner": 0.0, "finance_ner": 0.0, "distill": 1 / 8}
+CHANCE["lambda_search"] = 1 / 8
 
 
 @pytest.mark.slow

@@ -26,12 +26,17 @@ class Remote:
     Attributes:
         hub: The server.
         home: Home folder of that process; all that the tests write is beside it.
+        local_base: Folder of the pretrained model, which is also on the Hub.
+        environment: What makes this Hub the one of a process.
     """
 
-    def __init__(self, hub: Hub, pool: ProcessPoolExecutor, home: Path, local_base: str) -> None:
+    def __init__(
+        self, hub: Hub, pool: ProcessPoolExecutor, home: Path, local_base: str, environment: dict[str, str]
+    ) -> None:
         self.hub = hub
         self.home = home
         self.local_base = local_base
+        self.environment = environment
         self._pool = pool
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +77,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
             pool = ProcessPoolExecutor(1, mp_context=context, initializer=worker.start)
             pool.submit(len, "").result(timeout=300)  # it is started, with this environment
         with pool:
-            yield Remote(hub, pool, home, local_base)
+            yield Remote(hub, pool, home, local_base, environment)
 
 
 @pytest.fixture(autouse=True)

@@ -175,6 +175,17 @@ def classify(out: str, repo: str, cache: str) -> bool:
     return answers[0] == answers[1]
 
 
+def answers(repo: str, texts: list[str]) -> list[str]:
+    """Labels from the pipeline that a repository's name alone gives."""
+    return [answer["label"] for answer in pipeline("text-classification", model=repo, device="cpu")(texts)]
+
+
+def weights_equal(folder: str, repo: str, cache: str) -> bool:
+    """Whether the model of a folder is that of the Hub, downloaded into an empty cache."""
+    pairs = zip(_load(folder, cache).state_dict().items(), _load(repo, cache).state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
 def anchor_again(repo: str, cache: str) -> dict[str, Any]:
     """θ0 from what the uploaded state says about it, with another head than the first time."""
     folder = snapshot_download(repo, cache_dir=cache)
