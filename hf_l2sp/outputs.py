@@ -185,6 +185,8 @@ class L2SPOutputs:
         report.settings = {
             name: self._l2sp_arg(f"l2sp_{name}") for name in ("lambda", "schedule", "mode", "beta", "exclude")
         }
+        if self._l2sp_auto is not None:
+            report.settings["lambda"] = self._l2sp_auto.value  # not what it was told to begin with
         if chosen := self._l2sp_interpolation_state():  # type: ignore[attr-defined]
             report.settings["alpha"] = chosen["interpolation"]["alpha"]
         report.history = [

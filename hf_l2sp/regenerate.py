@@ -78,7 +78,9 @@ def measured_again(folder: RunFolder) -> DriftReport:
     report = found.report
     strength = state.get("strength", {})
     report.anchor = {key: anchor[key] for key in ("source", "revision", "fingerprint")}
-    report.settings = {"lambda": strength.get("base"), "schedule": strength.get("schedule")}
+    # λ as it was set, or as `auto` has found it.
+    found = strength.get("current") if "auto" in strength else strength.get("base")
+    report.settings = {"lambda": found, "schedule": strength.get("schedule")}
     report.settings |= {name: state.get(name) for name in ("mode", "beta", "exclude")}
     if isinstance(state.get("interpolation"), dict):
         report.settings["alpha"] = state["interpolation"].get("alpha")

@@ -250,6 +250,7 @@ def test_lambda_is_found_and_told(make):
     # Random labels cannot be learnt: held-out rows call back.
     assert max(values) > 1e-3
     assert trainer._l2sp_state()["strength"]["current"] == trainer._l2sp_auto.value == values[-1]
+    assert trainer.l2sp_drift_report().settings["lambda"] == values[-1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -22,6 +22,7 @@ from transformers import (
 from hf_l2sp import Anchor, estimate_fisher
 from hf_l2sp import fisher as fisher_module
 from hf_l2sp.fisher import save_fisher
+from hf_l2sp.fisher_rows import with_drawn_labels
 
 LENGTHS = (9, 4, 7, 9, 3, 9, 5, 9)
 
@@ -345,7 +346,7 @@ def test_sampled_next_tokens_are_labels_of_the_next_place(models):
     (row,) = examples("causal")[:1]
     (batch,) = batches([row], 1)
     likeliest = model(**batch).logits.argmax(-1)
-    drawn = fisher_module._with_drawn_labels(batch, model, torch.Generator())["labels"]
+    drawn = with_drawn_labels(batch, model, torch.Generator())["labels"]
     assert float((drawn[:, 1:] == likeliest[:, :-1]).float().mean()) > 0.8
 
 

@@ -44,7 +44,9 @@ def test_unknown_length_keeps_the_base(schedule):
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="l2sp_schedule='step' is unknown; choose 'constant', 'linear', 'cosine' or 'auto'"):
+    with pytest.raises(
+        ValueError, match="l2sp_schedule='step' is unknown; choose 'constant', 'linear', 'cosine' or 'auto'"
+    ):
         strength_at("step", 0.4, 5, 10)
 
 
