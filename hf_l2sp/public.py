@@ -42,9 +42,9 @@ def public_files(
     """The files of a folder that may be uploaded, as additions to a commit; the folder stays as it is.
 
     Left out: checkpoints, hidden files, names with a leading underscore, `training_args.bin`, TensorBoard's events,
-    logs, files of data, a Fisher information and a recipe's command. In the others that are text, paths of this machine
-    give way to the Hub id that the model card names, or to their last part; the home folder, the cache and the token
-    to dots. Cards of sentence-transformers lose their samples of the training data.
+    logs, files of data, a Fisher information and a recipe's command. In the others that are text, paths of this
+    machine give way to the Hub id that the model card names, or to their last part; the home folder, the cache and
+    the token to dots. Cards of sentence-transformers lose their samples of the training data.
 
     Args:
         folder: Folder of a model or checkpoint.
