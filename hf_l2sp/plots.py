@@ -73,7 +73,9 @@ def _draw_layers(axis: Any, report: DriftReport) -> None:
 def _draw_course(axis: Any, report: DriftReport) -> None:
     steps = [entry["step"] for entry in report.history]
     axis.plot(steps, [e["task_loss"] for e in report.history], color=_BLUE, linewidth=2, label="task loss")
-    axis.plot(steps, [e["l2sp_penalty"] for e in report.history], color=_ORANGE, linewidth=2, label="L2-SP penalty")
+    if report.settings.get("mode") != "decoupled":  # where it is no part of the loss and often far larger
+        penalties = [e["l2sp_penalty"] for e in report.history]
+        axis.plot(steps, penalties, color=_ORANGE, linewidth=2, label="L2-SP penalty")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss")
     axis.set_ylim(bottom=0)

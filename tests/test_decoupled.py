@@ -365,9 +365,18 @@ def test_state_file_and_report_tell_the_mode(tiny_bert_dir, classification_data,
     assert json.loads((tmp_path / "l2sp_state.json").read_text())["mode"] == "decoupled"
     report = trainer.l2sp_drift_report()
     assert report.settings["mode"] == "decoupled" and report.history[-1]["l2sp_penalty"] > 0
-    assert (
-        "| mode | decoupled |" in (tmp_path / "README.md").read_text() if (tmp_path / "README.md").exists() else True
-    )
+    trainer.create_model_card()
+    assert "| mode | decoupled |" in (tmp_path / "README.md").read_text()
+
+
+def test_picture_leaves_a_penalty_out_that_is_not_in_the_loss(tiny_bert_dir, classification_data, tmp_path):
+    imread = pytest.importorskip("matplotlib.image").imread
+    for mode in ("loss", "decoupled"):
+        trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, l2sp_mode=mode)
+        trainer.train()
+        image = imread(trainer.l2sp_drift_report().plot(tmp_path / "drift.png"))[..., :3]
+        orange = (abs(image - torch.tensor([0xD9, 0x72, 0x2E]).div(255).numpy()) < 0.01).all(-1).any()
+        assert bool(orange) is (mode == "loss")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
