@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from .interpolate import interpolate
 from .report import for_json
 from .score_table import direction
+from .traceless import own_metrics
 
 if TYPE_CHECKING:
     from .anchor import Anchor
@@ -197,14 +197,12 @@ def _give_back(weights: list[tuple[Tensor, Tensor]]) -> None:
 def _unheard(trainer: Any) -> Iterator[None]:
     """Within, evaluations reach no log and no callback: they would stop training early, or count as the model's."""
     handler = trainer.callback_handler
-    # TRL's trainers collect metrics of whatever is evaluated.
-    callbacks, metrics = handler.callbacks, copy.deepcopy(getattr(trainer, "_metrics", None))
+    callbacks = handler.callbacks
     handler.callbacks = []
     trainer.log = lambda *args, **kwargs: None
     try:
-        yield
+        with own_metrics(trainer):
+            yield
     finally:
         handler.callbacks = callbacks
         del trainer.log
-        if metrics is not None:
-            trainer._metrics = metrics

@@ -35,8 +35,7 @@ class AutoStrength:
 
     Attributes:
         value: λ now.
-        slope: Moving average of a, in units of the loss.
-        share: Of the moving average that is filled, 0 to 1; divides it.
+        slope: Moving average of a, in units of the loss, that began at 0; see `average`.
         deepest: Smallest moving average so far.
         largest: Largest Σ w‖θ − θ0‖² so far.
         turns: How often the moving average has changed its sign after the first rise of λ.
@@ -46,7 +45,6 @@ class AutoStrength:
 
     value: float = SMALLEST
     slope: float = 0.0
-    share: float = 0.0
     deepest: float = 0.0
     largest: float = 0.0
     turns: int = 0
@@ -54,9 +52,14 @@ class AutoStrength:
     early: bool = False
 
     @property
+    def average(self) -> float:
+        """The moving average over the measurements there are; 0 before the first."""
+        return self.slope / (1.0 - MEMORY**self.measured) if self.measured else 0.0
+
+    @property
     def has_to_learn(self) -> bool:
         """Whether held-out examples want θ farther from θ0, and not much less so than they ever did."""
-        return self.slope < 0.0 and self.slope / self.share < 0.8 * self.deepest
+        return self.slope < 0.0 and self.average < 0.8 * self.deepest
 
     def update(self, slope: float, squared: float) -> float:
         """Takes a measurement up.
@@ -72,9 +75,8 @@ class AutoStrength:
             return self.value
         before = self.slope
         self.slope = MEMORY * self.slope + (1.0 - MEMORY) * slope
-        self.share = MEMORY * self.share + (1.0 - MEMORY)
         self.measured += 1
-        average = self.slope / self.share
+        average = self.average
         self.deepest = min(self.deepest, average)
         # At first λ is as low as it gets, and a first rise is no turn.
         self.turns += self.slope * before < 0.0 and self.value > SMALLEST
@@ -98,7 +100,7 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            numbers = {name: float(state[name]) for name in ("value", "slope", "share", "deepest", "largest")}
+            numbers = {name: float(state[name]) for name in ("value", "slope", "deepest", "largest")}
             return cls(
                 **numbers, turns=int(state["turns"]), measured=int(state["measured"]), early=bool(state["early"])
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Sequence, Sized
@@ -25,8 +24,8 @@ from .held_out import (
     Portions,
     hold_out,
 )
-from .randomness import own_randomness
 from .state import read_state
+from .traceless import own_metrics, own_randomness
 
 if TYPE_CHECKING:
     from .anchor import Anchor
@@ -172,11 +171,9 @@ class L2SPAutoMixin:
         anchor = self.l2sp_anchor
         assert anchor is not None
         model = self.model_wrapped  # type: ignore[attr-defined]
-        # TRL's trainers collect metrics of whatever passes through compute_loss.
-        metrics = copy.deepcopy(getattr(self, "_metrics", None))
         anchor.join_trainable()
         model.eval()  # without dropout; the training step switches back
-        with own_randomness(self.args.seed):
+        with own_randomness(self.args.seed), own_metrics(self):
             inputs = self._prepare_inputs(batch)  # type: ignore[attr-defined]
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 loss: Tensor = self.compute_loss(model, inputs)  # type: ignore[attr-defined]
@@ -185,8 +182,6 @@ class L2SPAutoMixin:
             (loss if scale is None else loss * scale.to(loss.device)).backward()
         slope, squared = anchor.slope(), anchor.apply(0.0, gradient=False).total
         model.zero_grad()
-        if metrics is not None:
-            self._metrics = metrics
         if scale is not None:
             slope = slope / scale.to(slope.device)
         if anchor.backend.processes > 1 and not anchor.backend.sharded:

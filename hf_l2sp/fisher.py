@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .backends import full_shape
 from .fisher_rows import Row, has_label, rows_of, trimmed, with_drawn_labels
 from .naming import canonical_name, unwrap
-from .randomness import own_randomness
+from .traceless import own_randomness
 
 logger = logging.get_logger(__name__)
 

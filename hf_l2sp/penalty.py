@@ -164,12 +164,6 @@ class Tally:
         return PenaltySums(sums[0], sums[1])
 
 
-def differences(term: Term) -> Iterator[tuple[Tensor, Tensor]]:
-    """θ − θ0 and the gradient that is there, chunk by chunk; the first is in a buffer that the next chunk reuses."""
-    for chunk in walk([term._replace(weight=1.0)], gradient=True):
-        yield chunk.difference, chunk.grad
-
-
 class _Piece(NamedTuple):
     """At most a chunk of one term; without a gradient to add to, `grad` is θ."""
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .adapted import LowRankEntry
 from .backends import Backend
-from .penalty import Term, differences
+from .penalty import Term, walk
 
 
 @torch.no_grad()
 def slope_pass(terms: Sequence[Term]) -> Tensor:
-    """⟨g, θ − θ0⟩ of every term, g being its `grad`; a term without one gives 0. Changes nothing.
+    """⟨g, θ − θ0⟩ of every term, g being its gradient, without w.
 
     Works in chunks, as `penalty_pass` does, without a temporary of a parameter's size.
 
@@ -23,11 +23,9 @@ def slope_pass(terms: Sequence[Term]) -> Tensor:
     """
     device = terms[0].parameter.device if terms else torch.device("cpu")
     found = torch.zeros(len(terms), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for index, term in enumerate(terms):
-        if term.grad is None:
-            continue
-        for difference, grad in differences(term):
-            found[index] += torch.dot(difference.reshape(-1), grad.reshape(-1).to(difference.dtype)).to(found)
+    for chunk in walk([term._replace(weight=1.0) for term in terms], gradient=True):
+        grad = chunk.grad.reshape(-1).to(chunk.difference.dtype)
+        found[chunk.term] += torch.dot(chunk.difference.reshape(-1), grad).to(found)
     return found
 
 
@@ -45,17 +43,12 @@ def slope(terms: Sequence[Term], low_rank: Sequence[LowRankEntry], backend: Back
         Shape: [].
     """
     ups = [product.up for entry in low_rank for product in entry.adapted.active().values()]
-    wanted = [term for term in [*terms, *(Term(up, None) for up in ups)] if term.parameter.grad is not None]
+    terms = [*terms, *(Term(up, None) for up in ups)]
     if not backend.sharded:
-        return slope_pass([term._replace(grad=_dense(term.parameter.grad)) for term in wanted]).sum()
+        return slope_pass([term for term in terms if term.parameter.grad is not None]).sum()
     # Every rank walks through the same parameters: putting a gradient into its place may need all of them.
-    wanted = [*terms, *(Term(up, None) for up in ups)]
     found = slope_pass(
-        [t._replace(parameter=backend.local(t.parameter), grad=backend.gradient(t.parameter)) for t in wanted]
+        [t._replace(parameter=backend.local(t.parameter), grad=backend.gradient(t.parameter)) for t in terms]
     )
-    copies = torch.tensor([backend.copies(t.parameter) for t in wanted], dtype=found.dtype, device=found.device)
+    copies = torch.tensor([backend.copies(t.parameter) for t in terms], dtype=found.dtype, device=found.device)
     return backend.add_up(found / copies).sum()
-
-
-def _dense(grad: Tensor | None) -> Tensor | None:
-    return grad if grad is None or grad.layout == torch.strided else grad.to_dense()

@@ -1,10 +1,12 @@
-"""Random numbers beside those of a training."""
+"""What a look at the model in between takes from a training, and gives back: random numbers, collected metrics."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -27,3 +29,14 @@ def own_randomness(seed: int) -> Iterator[None]:
         finally:
             random.setstate(kept[0])
             numpy.random.set_state(kept[1])
+
+
+@contextmanager
+def own_metrics(trainer: Any) -> Iterator[None]:
+    """What passes through the trainer within leaves no trace in the metrics that TRL's trainers collect."""
+    kept = copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        yield
+    finally:
+        if kept is not None:
+            trainer._metrics = kept
