@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,16 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from _bench import RECIPES, embedded_model
+from _bench import embedded_model
+from _labelled import Split, draw_shots, read, sample, scores_of
 from datasets import Dataset
-from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     Trainer,
     set_seed,
@@ -29,11 +25,6 @@ from transformers import (
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.metrics import compute_classification_metrics
 
-sys.path.insert(0, str(RECIPES))
-from _recipe_data import Split, draw_shots  # noqa: E402
-from _recipe_files import read_file  # noqa: E402
-
-SCORES = ("f1_macro", "nll", "ece", "accuracy")
 # The same for every method that does not say otherwise.
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -46,17 +37,6 @@ TRAINING: dict[str, Any] = {
 }
 MAX_LENGTH = 64
 TEST_ROWS = 400
-
-
-def read(folder: Path, split: str) -> Split:
-    _, values = read_file(folder / f"{split}.jsonl", ("text", "label"))
-    return Split(split, values["text"], values["label"])
-
-
-def sample(split: Split, rows: int) -> Split:
-    """The same rows for every seed and method."""
-    drawn = random.Random(0).sample(range(len(split)), min(rows, len(split)))
-    return split.take(sorted(drawn))
 
 
 @dataclass(frozen=True)
@@ -98,17 +78,6 @@ class Cell:
         coded = self.tokenizer(split.texts, truncation=True, max_length=MAX_LENGTH)
         return Dataset.from_dict({**coded, "labels": [self.names.index(label) for label in split.labels]})
 
-    def held_out(self, share: float) -> tuple[Dataset, Dataset]:
-        """The labelled texts in two parts: some of every class, at least one, in the second."""
-        rows = list(range(len(self.labelled)))
-        random.Random(self.seed).shuffle(rows)
-        second: list[int] = []
-        for name in self.names:
-            own = [row for row in rows if self.labelled.labels[row] == name]
-            second += own[: max(1, round(share * len(own)))]
-        first = [row for row in rows if row not in set(second)]
-        return self.tokens(self.labelled.take(first)), self.tokens(self.labelled.take(second))
-
     def model(self) -> PreTrainedModel:
         set_seed(self.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -117,48 +86,34 @@ class Cell:
         model.accepts_loss_kwargs = False  # see the recipes
         return model
 
-    def fit(
-        self,
-        trainer_class: type[Trainer] = L2SPTrainer,
-        model: nn.Module | None = None,
-        train: Dataset | None = None,
-        arguments_class: Any = L2SPTrainingArguments,
-        options: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> Trainer:
-        """Trains; `settings` are arguments beside TRAINING, `options` further ones of the trainer."""
+    def fit(self, **settings: Any) -> L2SPTrainer:
+        """Trains; `settings` are arguments beside TRAINING."""
         with tempfile.TemporaryDirectory() as folder:
-            args = arguments_class(
+            args = L2SPTrainingArguments(
                 output_dir=folder,
                 report_to="none",
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
                 per_device_eval_batch_size=50,
                 seed=self.seed,
-                **{"save_strategy": "no", "logging_steps": 10, **TRAINING, **settings},
+                save_strategy="no",
+                logging_steps=10,
+                **{**TRAINING, **settings},
             )
-            trainer = trainer_class(
-                model=self.model() if model is None else model,
+            trainer = L2SPTrainer(
+                model=self.model(),
                 args=args,
-                train_dataset=self.train if train is None else train,
+                train_dataset=self.train,
                 processing_class=self.tokenizer,
                 data_collator=DataCollatorWithPadding(self.tokenizer),
                 compute_metrics=compute_classification_metrics,
-                **(options or {}),
             )
             trainer.train()
         return trainer
 
     def scores(self, trainer: Trainer) -> dict[str, float]:
         """Of the test texts."""
-        return score(trainer.predict(self.test).predictions, self.test["labels"])
-
-
-def score(logits: numpy.ndarray, labels: Any) -> dict[str, float]:
-    labels = numpy.array(labels)
-    found = compute_classification_metrics(EvalPrediction(logits, labels))
-    found["nll"] = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
-    return {name: float(found[name]) for name in SCORES}
+        return scores_of(trainer.predict(self.test).predictions, self.test["labels"])
 
 
 def course(trainer: Trainer) -> dict[str, list[float]]:
@@ -171,7 +126,3 @@ def timed(work: Any) -> tuple[Any, float]:
     """The result and the CPU time of the process, which other processes on the machine change less than the clock."""
     start = time.process_time()
     return work(), time.process_time() - start
-
-
-def parameters_of(model: nn.Module, patterns: tuple[str, ...]) -> list[Tensor]:
-    return [p for name, p in model.named_parameters() if any(pattern in name for pattern in patterns)]

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from _bench import RESULTS, environment, read_results, write_results
-from _quality_cell import MAX_LENGTH, SCORES, TEST_ROWS, TRAINING, Cell, timed
+from _labelled import SCORES
+from _quality_cell import MAX_LENGTH, TEST_ROWS, TRAINING, Cell, timed
 from _quality_methods import METHODS
 from transformers.utils import logging
 

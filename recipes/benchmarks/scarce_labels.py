@@ -17,23 +17,21 @@ Writes results/scarce_labels.json.
 """
 
 import argparse
-import random
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from _bench import RECIPES, RESULTS, embedded_model, environment, read_results, write_results
+from _bench import RESULTS, embedded_model, environment, read_results, write_results
+from _labelled import SCORES, Split, draw_shots, read, sample, scores_of
 from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     Trainer,
     set_seed,
 )
@@ -42,16 +40,10 @@ from transformers.utils import logging
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.augment import Augmenter, augment_dataset
 from hf_l2sp.distill import L2SPDistillationArguments, L2SPDistillationTrainer, cache_teacher_logits
-from hf_l2sp.metrics import compute_classification_metrics
 from hf_l2sp.mixup import MixupArguments, MixupMixin
-
-sys.path.insert(0, str(RECIPES))
-from _recipe_data import Split, draw_shots  # noqa: E402
-from _recipe_files import read_file  # noqa: E402
 
 NAME = "scarce_labels.json"
 METHODS = ("plain", "l2sp", "edits", "mask", "mixup", "ensemble", "distill")
-SCORES = ("f1_macro", "nll", "ece", "accuracy")
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
     "max_steps": 40,
@@ -74,17 +66,6 @@ class MixupTrainer(MixupMixin, L2SPTrainer): ...
 
 
 class MixupTrainingArguments(MixupArguments, L2SPTrainingArguments): ...
-
-
-def read(folder: Path, split: str) -> Split:
-    _, values = read_file(folder / f"{split}.jsonl", ("text", "label"))
-    return Split(split, values["text"], values["label"])
-
-
-def sample(split: Split, rows: int) -> Split:
-    """The same rows for every seed and method."""
-    drawn = random.Random(0).sample(range(len(split)), min(rows, len(split)))
-    return split.take(sorted(drawn))
 
 
 class Cell:
@@ -142,14 +123,8 @@ class Cell:
             trainer.train()
         return trainer
 
-    def _scores(self, logits: numpy.ndarray) -> dict[str, float]:
-        labels = numpy.array(self.test["labels"])
-        found = compute_classification_metrics(EvalPrediction(logits, labels))
-        found["nll"] = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
-        return {name: float(found[name]) for name in SCORES}
-
     def _tested(self, trainer: Trainer) -> dict[str, float]:
-        return self._scores(trainer.predict(self.test).predictions)
+        return scores_of(trainer.predict(self.test).predictions, self.test["labels"])
 
     def teachers(self) -> list[Any]:
         while len(self._teachers) < CONFIG["teachers"]:
@@ -189,7 +164,7 @@ class Cell:
 
     def ensemble(self) -> dict[str, float]:
         logits = [torch.tensor(teacher.predict(self.test).predictions) for teacher in self.teachers()]
-        return self._scores(torch.stack(logits).softmax(-1).mean(0).log().numpy())
+        return scores_of(torch.stack(logits).softmax(-1).mean(0).log().numpy(), self.test["labels"])
 
     def distill(self) -> dict[str, float]:
         hidden = self.unlabelled.remove_columns("labels").add_column("labels", [-100] * len(self.unlabelled))
