@@ -7,17 +7,12 @@ import math
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, interpolate
 from hf_l2sp.backends import FSDP2Backend
 
-
-def load(folder):
-    torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=3)
-    model.accepts_loss_kwargs = False
-    return model
+from .helpers import load_classifier
 
 
 def make_trainer(folder, data, out, callbacks=(), **changes):
@@ -35,7 +30,7 @@ def make_trainer(folder, data, out, callbacks=(), **changes):
         "l2sp_lambda": 0.01,
     }
     args = L2SPTrainingArguments(**{**values, **changes})
-    options = {"model": load(folder), "eval_dataset": data[:12], **options}
+    options = {"model": load_classifier(folder), "eval_dataset": data[:12], **options}
     return L2SPTrainer(args=args, train_dataset=data, callbacks=list(callbacks), **options)
 
 
@@ -87,7 +82,7 @@ def test_every_alpha_starts_from_the_fine_tuned_weights(trained, best):
     scored(trained, lambda alpha: (seen.append((alpha, values(trained.model))), -abs(alpha - best))[1])
     chosen = trained.select_interpolation(metric_for_best="score")
     assert chosen.alpha == best and len(seen) == 11
-    twin = load(trained.model.config._name_or_path)
+    twin = load_classifier(trained.model.config._name_or_path)
     for alpha, weights in [*seen, (best, values(trained.model))]:
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
@@ -220,7 +215,7 @@ def test_progress_bar(trained, capsys):
 
 def test_lora_is_scaled(tiny_bert_dir, classification_data, tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(load(tiny_bert_dir), peft.LoraConfig(target_modules=["query"], r=2))
+    model = peft.get_peft_model(load_classifier(tiny_bert_dir), peft.LoraConfig(target_modules=["query"], r=2))
     model.accepts_loss_kwargs = False
     trainer = make_trainer(tiny_bert_dir, classification_data, tmp_path, model=model, learning_rate=0.05)
     trainer.train()

@@ -16,6 +16,8 @@ from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import LARGEST, SMALLEST, AutoStrength
 from hf_l2sp.held_out import EARLY_RELEASE, RELEASE, HeldOutSampler, Portions, hold_out
 
+from .helpers import quick
+
 # --- the rule -------------------------------------------------------------------------------------------------------
 
 
@@ -168,18 +170,13 @@ def make(tiny_bert_dir, classification_data, tmp_path):
             )
             model.accepts_loss_kwargs = False
         defaults = {
-            "output_dir": str(tmp_path / name),
             "l2sp_schedule": "auto",
             "learning_rate": 2e-3,
             "max_steps": 24,
             "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
+            "seed": 42,
         }
-        args = L2SPTrainingArguments(**{**defaults, **settings})
+        args = L2SPTrainingArguments(**quick(tmp_path / name, **{**defaults, **settings}))
         return L2SPTrainer(model, args, train_dataset=data or classification_data, **options)
 
     return make

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp import penalty as penalty_module
 from hf_l2sp.backends import DeepSpeedBackend
 from hf_l2sp.decoupled import Course, course_of, pull_pass, remarks
 from hf_l2sp.penalty import Term
+
+from .helpers import load_classifier, quick
 
 # --- the pass -------------------------------------------------------------------------------------------------------
 
@@ -134,30 +136,12 @@ def test_remarks_carry_their_numbers():
 
 
 def make_trainer(model, data, folder, cls=L2SPTrainer, optimizers=(None, None), callbacks=(), **changes):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-    }
+    values = quick(folder, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=4)
     if issubclass(cls, L2SPTrainer):
         values |= {"l2sp_mode": "decoupled", "l2sp_lambda": 5.0}
     kind = L2SPTrainingArguments if issubclass(cls, L2SPTrainer) else TrainingArguments
     args = kind(**{**values, **changes})
     return cls(model, args, train_dataset=data, optimizers=optimizers, callbacks=list(callbacks))
-
-
-def load(folder, **options):
-    torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=3, **options)
-    model.accepts_loss_kwargs = False
-    return model
 
 
 def values(model):
@@ -171,7 +155,7 @@ def same(first, second):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"])
 def test_pull_of_the_whole_way_keeps_the_model_at_theta0(tiny_bert_dir, classification_data, tmp_path, optim):
     """lr·2·λ = 1: every step starts from θ0 again, so that θ − θ0 is the last step alone."""
-    model, last = load(tiny_bert_dir), {}
+    model, last = load_classifier(tiny_bert_dir), {}
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -196,7 +180,7 @@ def test_pull_of_the_whole_way_keeps_the_model_at_theta0(tiny_bert_dir, classifi
 
 
 def test_lambda_0_is_the_plain_trainer_bit_for_bit(tiny_bert_dir, classification_data, tmp_path):
-    ours, plain = load(tiny_bert_dir), load(tiny_bert_dir)
+    ours, plain = load_classifier(tiny_bert_dir), load_classifier(tiny_bert_dir)
     trainer = make_trainer(ours, classification_data, tmp_path / "ours", l2sp_lambda=0.0, weight_decay=0.1)
     trainer.train()
     other = make_trainer(plain, classification_data, tmp_path / "plain", Trainer, weight_decay=0.1)
@@ -210,7 +194,7 @@ def test_lambda_0_is_the_plain_trainer_bit_for_bit(tiny_bert_dir, classification
 
 
 def test_optimizer_pulls_only_while_the_trainer_trains(tiny_bert_dir, classification_data, tmp_path):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     trainer = make_trainer(model, classification_data, tmp_path, optimizers=(optimizer, None))
     for _ in range(2):
@@ -240,7 +224,7 @@ class AwayWithoutGradients(TrainerCallback):
 
 
 def test_second_training_pulls_once_per_step(tiny_bert_dir, classification_data, tmp_path):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     origin = values(model)
     options = {"l2sp_lambda": 10.0, "lr_scheduler_type": "constant", "max_steps": 1}
     trainer = make_trainer(model, classification_data, tmp_path, callbacks=[AwayWithoutGradients()], **options)
@@ -256,7 +240,7 @@ def test_hook_goes_with_an_interrupted_training(tiny_bert_dir, classification_da
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
 
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     trainer = make_trainer(model, classification_data, tmp_path, optimizers=(optimizer, None), callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
@@ -276,7 +260,7 @@ def test_step_skipped_by_the_scaler_does_not_pull(tiny_bert_dir, classification_
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             seen.append(values(model))
 
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused, weight_decay=0.0)
     assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) is fused
     options = {"optimizers": (optimizer, None), "callbacks": [Overflow()], "max_grad_norm": 0.0}
@@ -295,7 +279,7 @@ def test_step_skipped_by_the_scaler_does_not_pull(tiny_bert_dir, classification_
 
 
 def test_parameter_without_a_gradient_is_pulled_and_a_frozen_one_is_not(tiny_bert_dir, classification_data, tmp_path):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     origin = values(model)
     model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
     options = {"l2sp_lambda": 10.0, "lr_scheduler_type": "constant", "max_steps": 1}
@@ -307,7 +291,7 @@ def test_parameter_without_a_gradient_is_pulled_and_a_frozen_one_is_not(tiny_ber
 
 
 def test_what_is_unfrozen_later_is_pulled_from_then_on(tiny_bert_dir, classification_data, tmp_path):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     embeddings = model.bert.embeddings
     embeddings.requires_grad_(False)
     names = []
@@ -326,7 +310,7 @@ def test_what_is_unfrozen_later_is_pulled_from_then_on(tiny_bert_dir, classifica
 
 
 def test_schedule_ends_at_0_without_a_pull(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, l2sp_schedule="linear")
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, l2sp_schedule="linear")
     trainer.train()
     assert [log["l2sp_lambda"] for log in trainer.state.log_history if "loss" in log] == [5.0, 3.75, 2.5, 1.25]
 
@@ -336,13 +320,13 @@ def test_lambda_set_to_0_while_training_ends_the_pull(tiny_bert_dir, classificat
         def on_step_begin(self, args, state, control, **kwargs):
             args.l2sp_lambda = 5.0 if state.global_step < 2 else 0.0
 
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, callbacks=[SwitchOff()])
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, callbacks=[SwitchOff()])
     trainer.train()
     assert ["l2sp_lambda" in log for log in trainer.state.log_history if "loss" in log] == [True, True, False, False]
 
 
 def test_loss_outside_a_step_is_the_task_s(tiny_bert_dir, classification_data, tmp_path, move):
-    model = load(tiny_bert_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = load_classifier(tiny_bert_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     trainer = make_trainer(model, classification_data, tmp_path)
     trainer.train()
     move(model).train()
@@ -351,7 +335,7 @@ def test_loss_outside_a_step_is_the_task_s(tiny_bert_dir, classification_data, t
 
 
 def test_weight_decay_leaves_anchored_parameters_alone(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, weight_decay=0.1)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, weight_decay=0.1)
     trainer.train()
     decayed, rest = trainer.optimizer.param_groups
     assert [len(decayed["params"]), decayed["weight_decay"], rest["weight_decay"]] == [1, 0.1, 0.0]
@@ -359,7 +343,7 @@ def test_weight_decay_leaves_anchored_parameters_alone(tiny_bert_dir, classifica
 
 
 def test_state_file_and_report_tell_the_mode(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path)
     trainer.train()
     trainer.save_model()
     assert json.loads((tmp_path / "l2sp_state.json").read_text())["mode"] == "decoupled"
@@ -372,7 +356,7 @@ def test_state_file_and_report_tell_the_mode(tiny_bert_dir, classification_data,
 def test_picture_leaves_a_penalty_out_that_is_not_in_the_loss(tiny_bert_dir, classification_data, tmp_path):
     imread = pytest.importorskip("matplotlib.image").imread
     for mode in ("loss", "decoupled"):
-        trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, l2sp_mode=mode)
+        trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, l2sp_mode=mode)
         trainer.train()
         image = imread(trainer.l2sp_drift_report().plot(tmp_path / "drift.png"))[..., :3]
         orange = (abs(image - torch.tensor([0xD9, 0x72, 0x2E]).div(255).numpy()) < 0.01).all(-1).any()
@@ -381,7 +365,7 @@ def test_picture_leaves_a_penalty_out_that_is_not_in_the_loss(tiny_bert_dir, cla
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_bert_dir, classification_data, tmp_path, optim):
-    whole, resumed = load(tiny_bert_dir), load(tiny_bert_dir)
+    whole, resumed = load_classifier(tiny_bert_dir), load_classifier(tiny_bert_dir)
     options = {"save_strategy": "steps", "save_steps": 2, "l2sp_schedule": "cosine", "optim": optim, "l2sp_beta": 1.0}
     first = make_trainer(whole, classification_data, tmp_path, **options)
     first.train()
@@ -398,30 +382,30 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_bert_dir, classification_
 def test_no_effect_and_overshoot_are_said_once_with_numbers(tiny_bert_dir, classification_data, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         weak = {"l2sp_lambda": 0.01, "learning_rate": 5e-5, "lr_scheduler_type": "constant"}
-        make_trainer(load(tiny_bert_dir), classification_data, tmp_path, **weak).train()
+        make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, **weak).train()
     (said,) = [r.getMessage() for r in caplog.records if "decoupled" in r.getMessage()]
     assert "add up to 4e-06" in said and "l2sp_lambda=2.5e+03 here" in said
     caplog.clear()
     with caplog.at_level("WARNING"):
         strong = {"l2sp_lambda": 100.0, "lr_scheduler_type": "constant"}
-        make_trainer(load(tiny_bert_dir), classification_data, tmp_path, **strong).train()
+        make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, **strong).train()
     (said,) = [r.getMessage() for r in caplog.records if "decoupled" in r.getMessage()]
     assert "reaches 2" in said and "Lower l2sp_lambda to 50 or less" in said
     caplog.clear()
     with caplog.at_level("WARNING"):
-        make_trainer(load(tiny_bert_dir), classification_data, tmp_path).train()
+        make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path).train()
     assert "decoupled" not in caplog.text
 
 
 def test_16_bit_weights_are_told_of(tiny_bert_dir, classification_data, tmp_path, caplog):
-    model = load(tiny_bert_dir).to(torch.bfloat16)
+    model = load_classifier(tiny_bert_dir).to(torch.bfloat16)
     with caplog.at_level("WARNING"):
         make_trainer(model, classification_data, tmp_path, learning_rate=3e-4).train()
     assert "39 of the pulled parameters are kept in 16 bits" in caplog.text
 
 
 def test_deepspeed_is_refused_before_anything(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path)
     trainer._l2sp_prepare_anchor()
     trainer.l2sp_anchor.backend = DeepSpeedBackend(trainer.accelerator)
     with pytest.raises(ValueError, match="does not work with DeepSpeed.*Set l2sp_mode='loss'.*DDP or FSDP"):
@@ -431,7 +415,7 @@ def test_deepspeed_is_refused_before_anything(tiny_bert_dir, classification_data
 def test_lora_is_refused(tiny_bert_dir, classification_data, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["query"], r=2)
-    model = peft.get_peft_model(load(tiny_bert_dir), config)
+    model = peft.get_peft_model(load_classifier(tiny_bert_dir), config)
     before = values(model)
     trainer = make_trainer(model, classification_data, tmp_path)
     for _ in range(2):  # a second try does not slip through
@@ -463,7 +447,7 @@ class NoHooks:
     ],
 )
 def test_optimizers_that_cannot_pull_are_refused(tiny_bert_dir, classification_data, tmp_path, make, cause):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     before = values(model)
     trainer = make_trainer(
         model,

@@ -11,34 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, estimate_fisher
 from hf_l2sp.backends import FSDP2Backend
 
+from .helpers import load_classifier, quick
+
 FISHER = "l2sp_fisher.safetensors"
 
 
-def load(folder):
-    torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=3)
-    model.accepts_loss_kwargs = False
-    return model
-
-
 def make_trainer(model, data, folder, cls=L2SPTrainer, callbacks=(), **changes):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-    }
+    values = quick(folder, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=4)
     if issubclass(cls, L2SPTrainer):
         values |= {"l2sp_lambda": 0.3, "l2sp_fisher_samples": 10}
     kind = L2SPTrainingArguments if issubclass(cls, L2SPTrainer) else TrainingArguments
@@ -55,8 +39,8 @@ def same(first, second):
 
 
 def test_weights_are_the_fisher_of_drawn_examples_with_mean_1(tiny_bert_dir, classification_data, tmp_path):
-    expected_of = load(tiny_bert_dir)
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path)
+    expected_of = load_classifier(tiny_bert_dir)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path)
     trainer.train()
     drawn = torch.randperm(24, generator=torch.Generator().manual_seed(7))[:10].tolist()
     rows = [{k: v[None] for k, v in classification_data[i].items()} for i in drawn]
@@ -73,7 +57,7 @@ def test_weights_are_the_fisher_of_drawn_examples_with_mean_1(tiny_bert_dir, cla
 
 
 def test_file_gives_the_same_run_as_weights(tiny_bert_dir, classification_data, tmp_path):
-    first, second = load(tiny_bert_dir), load(tiny_bert_dir)
+    first, second = load_classifier(tiny_bert_dir), load_classifier(tiny_bert_dir)
     make_trainer(first, classification_data, tmp_path / "a").train()
     file = str(tmp_path / "a" / FISHER)
     make_trainer(second, classification_data, tmp_path / "b", l2sp_fisher_samples=0, l2sp_weights=file).train()
@@ -82,7 +66,7 @@ def test_file_gives_the_same_run_as_weights(tiny_bert_dir, classification_data, 
 
 def test_batches_dropout_and_order_are_those_of_a_run_without(tiny_bert_dir, classification_data, tmp_path):
     """With a λ that does nothing the run is plain `Trainer`'s: no random number was taken from it."""
-    ours, plain = load(tiny_bert_dir), load(tiny_bert_dir)
+    ours, plain = load_classifier(tiny_bert_dir), load_classifier(tiny_bert_dir)
     trainer = make_trainer(ours, classification_data, tmp_path / "a", l2sp_lambda=1e-30)
     trainer.train()
     make_trainer(plain, classification_data, tmp_path / "b", Trainer).train()
@@ -91,7 +75,7 @@ def test_batches_dropout_and_order_are_those_of_a_run_without(tiny_bert_dir, cla
 
 def test_few_examples_are_all_taken(tiny_bert_dir, classification_data, tmp_path, caplog):
     with caplog.at_level("WARNING"):
-        make_trainer(load(tiny_bert_dir), classification_data, tmp_path, l2sp_fisher_samples=1000).train()
+        make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, l2sp_fisher_samples=1000).train()
     assert "w is the diagonal Fisher information on 24 training examples, mean 1, largest" in caplog.text
 
 
@@ -108,7 +92,7 @@ def test_columns_and_padding_are_those_of_training(tiny_bert_dir, tmp_path):
             "labels": torch.tensor([r["label"] for r in batch]),
         }
 
-    trainer = make_trainer(load(tiny_bert_dir), datasets.Dataset.from_list(rows), tmp_path, max_steps=1)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), datasets.Dataset.from_list(rows), tmp_path, max_steps=1)
     trainer.data_collator = collate
     trainer.train()
     assert all(isinstance(w, torch.Tensor) for w in weights_of(trainer).values())
@@ -116,7 +100,7 @@ def test_columns_and_padding_are_those_of_training(tiny_bert_dir, tmp_path):
 
 @pytest.mark.parametrize("mode", ["loss", "decoupled"])
 def test_resumed_run_has_the_same_weights_bit_for_bit(tiny_bert_dir, classification_data, tmp_path, mode):
-    whole, resumed = load(tiny_bert_dir), load(tiny_bert_dir)
+    whole, resumed = load_classifier(tiny_bert_dir), load_classifier(tiny_bert_dir)
     options = {"save_strategy": "steps", "save_steps": 2, "l2sp_mode": mode, "l2sp_lambda": 3.0}
     first = make_trainer(whole, classification_data, tmp_path, **options)
     first.train()
@@ -141,7 +125,9 @@ def test_checkpoint_gets_a_file_of_its_own_where_there_are_no_links(
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, save_strategy="steps", save_steps=4)
+    trainer = make_trainer(
+        load_classifier(tiny_bert_dir), classification_data, tmp_path, save_strategy="steps", save_steps=4
+    )
     trainer.train()
     first, copied = tmp_path / FISHER, tmp_path / "checkpoint-4" / FISHER
     assert first.read_bytes() == copied.read_bytes() and not os.path.samefile(first, copied)
@@ -156,7 +142,7 @@ def test_unfrozen_parameters_weigh_1_also_after_a_resume(tiny_bert_dir, classifi
     options = {"save_strategy": "steps", "save_steps": 2}
     models = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
-        model = load(tiny_bert_dir)
+        model = load_classifier(tiny_bert_dir)
         model.bert.embeddings.requires_grad_(False)
         trainer = make_trainer(model, classification_data, tmp_path, callbacks=[Unfreeze()], **options)
         trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -170,7 +156,7 @@ def test_each_model_has_its_own(tiny_bert_dir, classification_data, tmp_path):
     heads = iter((5, 0, 1))  # the constructor asks for one, too
 
     def init():
-        model = load(tiny_bert_dir)
+        model = load_classifier(tiny_bert_dir)
         torch.manual_seed(next(heads))
         nn.init.normal_(model.classifier.weight)
         return model
@@ -183,7 +169,7 @@ def test_each_model_has_its_own(tiny_bert_dir, classification_data, tmp_path):
 
 
 def test_second_training_of_one_model_keeps_it(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path, max_steps=2)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path, max_steps=2)
     trainer.train()
     first = weights_of(trainer)
     trainer.train()
@@ -196,13 +182,13 @@ def test_second_training_of_one_model_keeps_it(tiny_bert_dir, classification_dat
 def test_stream_of_examples_is_refused_before_training(tiny_bert_dir, classification_data, tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": 1}] * 8
     data = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    trainer = make_trainer(load(tiny_bert_dir), data, tmp_path)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), data, tmp_path)
     with pytest.raises(ValueError, match="l2sp_fisher_samples=10 does not work with a training set without a length"):
         trainer.train()
 
 
 def test_sharded_models_are_refused(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path)
     trainer._l2sp_prepare_anchor()
     trainer.l2sp_anchor.backend = FSDP2Backend(trainer.accelerator)
     with pytest.raises(ValueError, match="does not work with FSDP2, where .*save_fisher.*l2sp_weights"):
@@ -211,13 +197,13 @@ def test_sharded_models_are_refused(tiny_bert_dir, classification_data, tmp_path
 
 def test_lora_is_refused(tiny_bert_dir, classification_data, tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(load(tiny_bert_dir), peft.LoraConfig(target_modules=["query"], r=2))
+    model = peft.get_peft_model(load_classifier(tiny_bert_dir), peft.LoraConfig(target_modules=["query"], r=2))
     with pytest.raises(ValueError, match="l2sp_fisher_samples=10 does not work with LoRA"):
         make_trainer(model, classification_data, tmp_path).train()
 
 
 def test_fisher_that_is_0_all_over_is_refused(tiny_bert_dir, classification_data, tmp_path):
-    model = load(tiny_bert_dir)
+    model = load_classifier(tiny_bert_dir)
     nn.init.zeros_(model.classifier.weight)
     with pytest.raises(ValueError, match="the Fisher information is 0 all over, so it can weigh nothing"):
         make_trainer(model, classification_data, tmp_path).train()
@@ -226,12 +212,12 @@ def test_fisher_that_is_0_all_over_is_refused(tiny_bert_dir, classification_data
 @pytest.fixture
 def trained(tiny_bert_dir, classification_data, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(load(tiny_bert_dir), classification_data, tmp_path / "with", **options).train()
+    make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path / "with", **options).train()
     make_trainer(
-        load(tiny_bert_dir), classification_data, tmp_path / "without", l2sp_fisher_samples=0, **options
+        load_classifier(tiny_bert_dir), classification_data, tmp_path / "without", l2sp_fisher_samples=0, **options
     ).train()
     plain = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(load(tiny_bert_dir), classification_data, tmp_path / "plain", Trainer, **plain).train()
+    make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path / "plain", Trainer, **plain).train()
     return tmp_path
 
 
@@ -251,7 +237,7 @@ def test_resume_without_the_weights_is_refused(trained, tiny_bert_dir, classific
         file.unlink()
         if change == "replace":
             save_file({n: w * 2 for n, w in stored.items()}, file)
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, trained / run)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, trained / run)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(trained / run / "checkpoint-2"))
 
@@ -262,7 +248,7 @@ def test_resume_without_the_weights_is_refused(trained, tiny_bert_dir, classific
 )
 def test_resume_with_another_number_says_so(trained, tiny_bert_dir, classification_data, caplog, samples, message):
     trainer = make_trainer(
-        load(tiny_bert_dir), classification_data, trained / "with", l2sp_fisher_samples=samples, max_steps=3
+        load_classifier(tiny_bert_dir), classification_data, trained / "with", l2sp_fisher_samples=samples, max_steps=3
     )
     with caplog.at_level("WARNING"):
         trainer.train(resume_from_checkpoint=str(trained / "with" / "checkpoint-2"))
@@ -270,7 +256,7 @@ def test_resume_with_another_number_says_so(trained, tiny_bert_dir, classificati
 
 
 def test_unwritable_file_says_what_to_do(tiny_bert_dir, classification_data, tmp_path):
-    trainer = make_trainer(load(tiny_bert_dir), classification_data, tmp_path)
+    trainer = make_trainer(load_classifier(tiny_bert_dir), classification_data, tmp_path)
     (tmp_path / FISHER).mkdir()
     (tmp_path / FISHER / "mine").touch()
     with pytest.raises(OSError, match=rf"{FISHER} cannot be written .*set l2sp_fisher_samples=0"):

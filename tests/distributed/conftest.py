@@ -24,6 +24,7 @@ WORKER = Path(__file__).parent / "worker.py"
 class Launch:
     folder: Path
     outcomes: list[dict[str, Any]]
+    backend: str
 
     def weights(self, run: str) -> dict[str, Tensor]:
         # ZeRO-3 loads layer norms under the names of old checkpoints, and saves them so.
@@ -32,6 +33,10 @@ class Launch:
         for old, name in new.items():
             weights = {key.replace(old, name): value for key, value in weights.items()}
         return weights
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self.backend.startswith("zero")
 
     def has(self, run: str) -> bool:
         return (self.folder / run / "model.safetensors").exists()
@@ -78,7 +83,7 @@ def start(backend: str, folder: Path, processes: int) -> Launch:
     if result.returncode:
         pytest.fail(f"{backend} ended with {result.returncode}:\n{result.stderr[-6000:]}")
     outcomes = [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(processes)]
-    return Launch(folder, outcomes)
+    return Launch(folder, outcomes, backend)
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +103,4 @@ def launch(request, tmp_path_factory) -> Launch:
         pytest.skip("deepspeed is not installed (an extra: pip install 'hf-l2sp[deepspeed]')")
     if backend == "sharded-load" and importlib.util.find_spec("transformers.distributed") is None:
         pytest.skip("this version of transformers does not shard models while it loads them")
-    launched = start(backend, tmp_path_factory.mktemp(backend), 2)
-    launched.backend = backend
-    return launched
+    return start(backend, tmp_path_factory.mktemp(backend), 2)

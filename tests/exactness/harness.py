@@ -18,6 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 
+from ..helpers import quick
+
 
 @dataclass
 class Recorder(TrainerCallback):
@@ -70,19 +72,12 @@ def run(
     if not l2sp:
         arguments = {k: v for k, v in arguments.items() if not k.startswith("l2sp_")}
     settings: dict[str, Any] = {
-        "output_dir": str(folder),
         "learning_rate": 0.0,
         "per_device_train_batch_size": 2,
         "num_train_epochs": 1,
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
     }
-    settings.update(arguments)
+    settings = quick(folder, **{**settings, **arguments})
     args = (L2SPTrainingArguments if l2sp else TrainingArguments)(**settings)
     recorder = Recorder()
     torch.manual_seed(0)

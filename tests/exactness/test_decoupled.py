@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 
+from ..helpers import load_classifier, quick
 from .harness import relative_error, schedule, snapshot
 
 HEAD = ("classifier.weight", "classifier.bias")
@@ -42,9 +43,7 @@ def with_pull(base: type[torch.optim.Optimizer], pull: Any) -> type[torch.optim.
 
 
 def load(folder: str, double: bool = True, **options: float) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=3, **options)
-    model.accepts_loss_kwargs = False
+    model = load_classifier(folder, **options)
     for name, parameter in model.named_parameters():
         # Their true gradient is 0; Adam would blow its rounding up to steps.
         parameter.requires_grad_(not name.endswith("key.bias"))
@@ -63,21 +62,14 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def settings(folder, **changes):
     values = {
-        "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "num_train_epochs": 1,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
         "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
     }
-    return {**values, **changes}
+    return quick(folder, **{**values, **changes})
 
 
 def train(model, data, folder, optimizer, **changes) -> L2SPTrainer:
