@@ -1,4 +1,4 @@
-"""Labelled texts of a data set's folder, and the scores of predictions on them."""
+"""Labelled texts or sentences of a data set's folder, and the scores of predictions on them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,24 @@ from transformers import EvalPrediction
 from hf_l2sp.metrics import compute_classification_metrics
 
 sys.path.insert(0, str(RECIPES))
+from _ner_draws import NerSplit  # noqa: E402
+from _ner_draws import draw_shots as draw_sentences  # noqa: E402
+from _ner_tags import label_names  # noqa: E402
 from _recipe_data import Split, draw_shots  # noqa: E402
 from _recipe_files import read_file  # noqa: E402
 
-__all__ = ["SCORES", "Split", "draw_shots", "read", "sample", "scores_of"]
+__all__ = [
+    "SCORES",
+    "NerSplit",
+    "Split",
+    "draw_sentences",
+    "draw_shots",
+    "label_names",
+    "read",
+    "read_sentences",
+    "sample",
+    "scores_of",
+]
 
 SCORES = ("f1_macro", "nll", "ece", "accuracy")
 
@@ -28,7 +42,12 @@ def read(folder: Path, split: str) -> Split:
     return Split(split, values["text"], values["label"])
 
 
-def sample(split: Split, rows: int) -> Split:
+def read_sentences(folder: Path, split: str) -> NerSplit:
+    _, values = read_file(folder / f"{split}.jsonl", ("tokens", "ner_tags"))
+    return NerSplit(split, values["tokens"], values["ner_tags"])
+
+
+def sample(split: Any, rows: int) -> Any:
     """The same rows for every seed and method."""
     drawn = random.Random(0).sample(range(len(split)), min(rows, len(split)))
     return split.take(sorted(drawn))

@@ -3,10 +3,10 @@
     python recipes/benchmarks/quality.py --data FOLDER [--sets medical_abstracts ...] [--shots 8 16] [--seeds 5] \
         [--methods plain "l2sp 0.1" ...] [--workers 2]
 
-FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and `label`. A seed draws the labelled
-texts and sets the head's first values and the order of batches. A run that is in the results already is not repeated,
-so that a killed study goes on where it was. Methods are those of _quality_methods.py, the settings all of them share
-those of _quality_cell.py.
+FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and `label`, or of `tokens` and
+`ner_tags`. A seed draws the labelled texts and sets the head's first values and the order of batches. A run that is in
+the results already is not repeated, so that a killed study goes on where it was. Methods are those of
+_quality_methods.py, the settings all of them share those of _quality_cell.py.
 Writes results/quality.json.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from _bench import RESULTS, environment, read_results, write_results
 from _labelled import SCORES
-from _quality_cell import MAX_LENGTH, TEST_ROWS, TRAINING, Cell, timed
+from _quality_cell import MAX_LENGTH, TEST_ROWS, TRAINING, cell_of, timed
 from _quality_methods import METHODS
 from transformers.utils import logging
 
@@ -34,7 +34,7 @@ def run(folder: Path, shots: int, seed: int, method: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found, seconds = timed(lambda: METHODS[method](Cell(folder, shots, seed)))
+    found, seconds = timed(lambda: METHODS[method](cell_of(folder, shots, seed)))
     about = {"data": folder.name, "shots": shots, "seed": seed, "method": method}
     return {**about, **found, "cpu_seconds": round(seconds, 1)}
 
