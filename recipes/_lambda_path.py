@@ -44,12 +44,14 @@ class RegularisationPath:
         about: What all of them have in common.
         scores: By point.
         drifts: Relative drift by point; None where it is not known.
+        found: λ at the end of a training that has chosen it by itself, by point.
     """
 
     file: Path
     about: dict[str, Any]
     scores: dict[Point, dict[str, Any]] = field(default_factory=dict)
     drifts: dict[Point, float | None] = field(default_factory=dict)
+    found: dict[Point, float] = field(default_factory=dict)
 
     @classmethod
     def resumed(cls, file: Path, about: dict[str, Any]) -> RegularisationPath:
@@ -58,13 +60,14 @@ class RegularisationPath:
         Raises:
             RecipeError: The file is damaged, or they had other settings or data than these.
         """
-        found = cls(file, about)
+        path = cls(file, about)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             before = content["about"]
             for run in content["runs"]:
                 scores = {name: math.nan if value is None else value for name, value in run["scores"].items()}
-                found.add(Point(str(run["schedule"]), float(run["lambda"])), scores, run["drift"])
+                point = Point(str(run["schedule"]), float(run["lambda"]))
+                path.add(point, scores, run["drift"], run.get("found_lambda"))
             names = sorted({*before, *about} - {"config"})
             there, here = ({**each.get("config", {}), **{n: each.get(n) for n in names}} for each in (before, about))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,16 +83,19 @@ class RegularisationPath:
                 f"--resume_from_checkpoint: the trainings in {str(file)!r} are not comparable: {told}. Give the same "
                 "arguments and data, another --output_dir, or start anew with --overwrite_output_dir."
             )
-        return found
+        return path
 
-    def add(self, point: Point, scores: dict[str, Any], drift: float | None) -> None:
-        """Takes a finished training up."""
+    def add(self, point: Point, scores: dict[str, Any], drift: float | None, found: float | None = None) -> None:
+        """Takes a finished training up; `found` is the λ that it has chosen by itself."""
         self.scores[point], self.drifts[point] = scores, drift
+        if found is not None:
+            self.found[point] = float(found)
 
     def save(self, best: Point | None = None, metric: str | None = None) -> None:
         """Writes the file, whole or not at all."""
         runs = [
             {"lambda": p.strength, "schedule": p.schedule, "drift": self.drifts[p], "scores": self.scores[p]}
+            | ({"found_lambda": self.found[p]} if p in self.found else {})
             for p in self.ordered()
         ]
         content: dict[str, Any] = {"about": self.about, "runs": runs}
@@ -138,7 +144,8 @@ class RegularisationPath:
         rows = [["lambda", *names, "drift", "train_runtime"]]
         for point in points:
             scores, drift = self.scores[point], self.drifts[point]
-            row = [f"{point.name}{' *' if point == best else '  '}"]
+            found = f" ({self.found[point]:.2g})" if point in self.found else ""
+            row = [f"{point.name}{found}{' *' if point == best else '  '}"]
             row += [f"{scores[name]:.4f}" if name in scores else "-" for name in names]
             row += ["-" if drift is None else f"{drift:.2%}", f"{scores.get('train_runtime', math.nan):.1f} s"]
             rows.append(row)
@@ -168,6 +175,7 @@ class RegularisationPath:
                 if schedule == "auto":
                     for value in values.values():
                         axis.axhline(value, color=color, linestyle=line, label=label)
+                        self._mark_found(axis, value, color, list(places.values()))
                 elif values:
                     # Without a pull all courses are one.
                     at_0 = self._values("constant", name.replace("eval_", f"{split}_", 1)).get(0.0)
@@ -177,7 +185,8 @@ class RegularisationPath:
         if best.schedule != "auto":
             axis.axvline(places[best.strength], color=_GREY, linewidth=1, linestyle=":")
         axis.set_xticks([places[s] for s in strengths], [f"{s:g}" for s in strengths])
-        axis.set_xlabel("λ (dotted line: chosen)" if best.schedule != "auto" else "λ (chosen: auto)")
+        about = "λ (star: found by auto; " if self.found else "λ ("
+        axis.set_xlabel(about + ("dotted line: chosen)" if best.schedule != "auto" else "chosen: auto)"))
         better = {1: " (higher is better)", -1: " (lower is better)"}.get(direction(name), "")
         title = {"drift": "relative drift ‖θ − θ0‖ / ‖θ0‖ in %", "eval_loss": "negative log-likelihood"}.get(
             name, name
@@ -186,6 +195,12 @@ class RegularisationPath:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=9)
+
+    def _mark_found(self, axis: Any, value: float, color: str, places: list[float]) -> None:
+        """A star on the line of auto where its λ is; at the edge where that is beyond the values tried."""
+        for strength in self.found.values() if places else ():
+            place = min(max(math.log10(strength), min(places)), max(places))
+            axis.plot(place, value, marker="*", markersize=13, color=color, zorder=3)
 
     def _values(self, schedule: str, name: str) -> dict[float, float]:
         """Finite values by λ; drifts in percent."""

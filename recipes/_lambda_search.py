@@ -32,12 +32,15 @@ class SearchArguments:
     """Which strengths are tried."""
 
     lambdas: list[float] = field(
-        default_factory=lambda: [0.0, 0.001, 0.01, 0.1, 1.0],
+        default_factory=lambda: [0.0, 0.01, 0.1, 1.0],
         metadata={"help": "Values of λ; 0 is plain fine-tuning."},
     )
     schedules: list[str] = field(
-        default_factory=lambda: ["constant"],
-        metadata={"help": "Courses of λ, each with every value: constant, linear, cosine; or auto, which needs none."},
+        default_factory=list,
+        metadata={
+            "help": "Courses of λ, each with every value: constant, linear, cosine; auto, once, finds its own. "
+            "Default: constant and, where it works, auto."
+        },
     )
 
 
@@ -50,6 +53,10 @@ def search_parser(arguments_class: type[RecipeTrainingArguments], description: s
 def run_search(parser: RecipeParser, argv: list[str] | None, task: Task) -> None:
     """Searches λ, trains, evaluates and saves, or predicts alone, as the command line says."""
     model_args, data_args, search_args, *rest = parser.parse(argv)
+    settings = rest[-1]
+    # Refused, not left out, where somebody asks for it.
+    works = settings["l2sp_mode"] == "loss" and sharding() != "DeepSpeed"
+    search_args.schedules = search_args.schedules or (["constant", "auto"] if works else ["constant"])
     make_run = functools.partial(SearchRun, points=points_of(search_args))
     run_parsed((model_args, data_args, *rest), task, make_run)
 
@@ -68,7 +75,7 @@ def points_of(search: SearchArguments) -> list[Point]:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if not strengths and search.schedules != ["auto"]:
-        raise RecipeError("--lambdas needs one or more values, such as 0 0.001 0.01 0.1 1.")
+        raise RecipeError("--lambdas needs one or more values, such as 0 0.01 0.1 1.")
     points = [
         Point("constant" if strength == 0 else schedule, strength)
         for schedule in search.schedules
@@ -173,8 +180,10 @@ class SearchRun(Run):
         common = {"model": model, "data": self.data, "seed": self.args.seed, "rows": rows, **self.about}
         return {**common, "texts": _digest(datasets), "config": config}
 
-    def _measure(self, point: Point, build: Build, datasets: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
-        """Scores and relative drift of one training."""
+    def _measure(
+        self, point: Point, build: Build, datasets: dict[str, Any]
+    ) -> tuple[dict[str, Any], float | None, float | None]:
+        """Scores and relative drift of one training, and the λ that it has found if it is auto."""
         # Without a pull the trainer keeps no θ0.
         measured = point.strength == 0 and sharding() is None
         origins: list[Anchor] = []
@@ -194,7 +203,8 @@ class SearchRun(Run):
         if is_main_process():
             _remove(self.output_dir / folder)
             _remove(self.output_dir / _RUNS)
-        return scores, None if report is None else report.total.drift
+        found = report.settings["lambda"] if report is not None and point.schedule == "auto" else None
+        return scores, None if report is None else report.total.drift, found
 
 
 def _remove(folder: Path) -> None:

@@ -11,11 +11,8 @@ exactness. Writes results/memory.json.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import RECIPES, embedded_model, environment, write_results
+from _bench import RECIPES, embedded_model, environment, in_a_process, write_results
 from speed import BATCH, LENGTH, timed_step
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
@@ -120,17 +117,6 @@ def measure_rounding() -> dict[str, float]:
     }
 
 
-def in_a_process(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(runs: dict[str, list[dict[str, int]]]) -> list[dict[str, Any]]:
     def median(mode: str, key: str) -> float:
         return statistics.median(run[key] for run in runs[mode])
@@ -166,7 +152,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, int]]] = {mode: [] for mode in MODES}
     for _ in range(options.repeats):
         for mode in MODES:
-            runs[mode].append(in_a_process("--child", mode))
+            runs[mode].append(in_a_process(__file__, "--child", mode))
     peaks = {m: statistics.median(run["peak"] for run in runs[m]) / MIB for m in ("plain", "auto/none")}
     anonymous = [run["anonymous"] / MIB for run in runs["plain"]]
     anchor = runs["auto/none"][0]["anchor"] / MIB
@@ -180,7 +166,7 @@ def main() -> None:
         "plain_anonymous_range_mib": max(anonymous) - min(anonymous),
         "anchored_parameters": runs["auto/none"][0]["parameters"],
         "storage": table(runs),
-        "bfloat16": in_a_process("--child", "rounding"),
+        "bfloat16": in_a_process(__file__, "--child", "rounding"),
         "environment": environment(),
     }
     path = write_results("memory.json", result)

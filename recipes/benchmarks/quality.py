@@ -7,7 +7,7 @@ FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and
 `ner_tags`. A seed draws the labelled texts and sets the head's first values and the order of batches. A run that is in
 the results already is not repeated, so that a killed study goes on where it was. Methods are those of
 _quality_methods.py, the settings all of them share those of _quality_cell.py.
-Writes results/quality.json.
+Writes results/quality.json with a summary, results/quality.png and results/quality_lambda.png.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from _bench import RESULTS, environment, read_results, write_results
 from _labelled import SCORES
 from _quality_cell import MAX_LENGTH, TEST_ROWS, TRAINING, cell_of, timed
 from _quality_methods import METHODS
+from _quality_plots import draw_methods, draw_strengths
+from _quality_summary import summary
 from transformers.utils import logging
 
 NAME = "quality.json"
@@ -34,8 +36,9 @@ def run(folder: Path, shots: int, seed: int, method: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found, seconds = timed(lambda: METHODS[method](cell_of(folder, shots, seed)))
-    about = {"data": folder.name, "shots": shots, "seed": seed, "method": method}
+    cell = cell_of(folder, shots, seed)
+    found, seconds = timed(lambda: METHODS[method](cell))
+    about = {"data": folder.name, "shots": shots, "seed": seed, "method": method, "rows": len(cell.train)}
     return {**about, **found, "cpu_seconds": round(seconds, 1)}
 
 
@@ -76,6 +79,19 @@ def main() -> None:
             write_results(options.output, result)
             shown = "  ".join(f"{name} {entry['scores'][name]:.3f}" for name in SCORES)
             print(f"{number}/{len(wanted)}  {'  '.join(map(str, key(entry)))}  {shown}", flush=True)
+    conclude(result, options.output)
+
+
+def conclude(result: dict[str, Any], name: str) -> None:
+    """Adds the summary, and draws it."""
+    order = list(METHODS)
+    result["runs"].sort(key=lambda run: (run["data"], run["shots"], order.index(run["method"]), run["seed"]))
+    result["summary"] = summary(result["runs"])
+    write_results(name, result)
+    fewest = min(result["summary"]["methods"], key=int)
+    picture = RESULTS / name
+    draw_methods(result["summary"]["methods"][fewest], picture.with_suffix(".png"))
+    draw_strengths(result["summary"]["strengths"], picture.with_name(f"{picture.stem}_lambda.png"))
 
 
 if __name__ == "__main__":

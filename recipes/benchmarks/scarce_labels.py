@@ -17,15 +17,14 @@ Writes results/scarce_labels.json.
 """
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from _bench import RESULTS, embedded_model, environment, read_results, write_results
 from _labelled import SCORES, Split, draw_shots, read, sample, scores_of
+from _paired import paired, spread
 from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForMaskedLM,
@@ -190,14 +189,11 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (data, shots, method), found in cells.items():
         row: dict[str, Any] = {"data": data, "shots": shots, "method": method, "seeds": len(found)}
         for score in SCORES:
-            values = [scores[score] for scores in found.values()]
-            row[score] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+            row[score] = spread([scores[score] for scores in found.values()])
             base = cells.get((data, shots, "l2sp"), {})
             pairs = [scores[score] - base[seed][score] for seed, scores in found.items() if seed in base]
             if method != "l2sp" and pairs:
-                draws = numpy.random.default_rng(0).choice(pairs, (10000, len(pairs))).mean(1)
-                low, high = numpy.quantile(draws, (0.025, 0.975)).tolist()
-                row[score]["beside_l2sp"] = {"mean": statistics.mean(pairs), "low": low, "high": high}
+                row[score]["beside_l2sp"] = paired(pairs)
         rows.append(row)
     return sorted(rows, key=lambda row: (row["data"], row["shots"], METHODS.index(row["method"])))
 

@@ -21,7 +21,7 @@ import medical_textcls  # noqa: E402  # isort: skip
 from _lambda_path import Point, RegularisationPath  # noqa: E402  # isort: skip
 from _recipe_args import RecipeError  # noqa: E402  # isort: skip
 
-SEARCH = ["--lambdas", "0", "0.03", "3", "--num_train_epochs", "4"]
+SEARCH = ["--lambdas", "0", "0.03", "3", "--schedules", "constant", "--num_train_epochs", "4"]
 
 
 def path_of(folder: Path) -> dict[str, Any]:
@@ -171,7 +171,37 @@ def test_second_search_replaces_the_first_when_told_so(arguments: list[str], tmp
     (folder / "lambda_search.json").write_text("{}")  # all that a killed search has left
     command = [*arguments, "--lambdas", "0.1", "--max_steps", "2", "--output_dir", str(folder)]
     lambda_search.main([*command, "--overwrite_output_dir"])
-    assert (folder / "mine.txt").is_file() and len(path_of(folder)["runs"]) == 1
+    assert (folder / "mine.txt").is_file() and len(path_of(folder)["runs"]) == 2
+
+
+def test_auto_is_marked_with_the_strength_that_it_found(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    marked: list[float] = []
+    mark = RegularisationPath._mark_found
+    monkeypatch.setattr(
+        RegularisationPath,
+        "_mark_found",
+        lambda path, axis, value, *rest: (marked.append(value), mark(path, axis, value, *rest)),
+    )
+    words = ["--lambdas", "0", "0.1", "--num_train_epochs", "6", "--output_dir", str(folder)]
+    lambda_search.main([*arguments, *words])
+    runs = path_of(folder)["runs"]
+    assert [run["schedule"] for run in runs] == ["constant", "constant", "auto"]
+    assert ["found_lambda" in run for run in runs] == [False, False, True]
+    found = runs[-1]["found_lambda"]
+    assert 1e-6 <= found <= 1.0 and f"auto ({found:.2g})" in capsys.readouterr().out
+    scores = runs[-1]["scores"]
+    assert marked == [
+        scores["eval_f1_macro"],
+        scores["test_f1_macro"],
+        scores["eval_loss"],
+        scores["test_loss"],
+        100.0 * runs[-1]["drift"],
+    ]
+    kept = RegularisationPath.resumed(folder / "lambda_search.json", path_of(folder)["about"])
+    assert kept.found == {Point("auto", 0.01): found}
 
 
 # --------------------------------------------------------------------------- refusals
@@ -277,4 +307,8 @@ def test_scores_that_are_no_numbers_survive_the_file(tmp_path: Path) -> None:
 def test_config_names_arguments_of_the_recipe() -> None:
     words = ["--config", str(RECIPES / "configs" / "lambda_search.yaml")]
     _, _, search, *_, settings = lambda_search.make_parser().parse(words)
-    assert search.lambdas == [0, 0.001, 0.01, 0.1, 1] and settings["metric_for_best_model"] == "loss"
+    assert (
+        search.lambdas == [0, 0.01, 0.1, 1]
+        and search.schedules == ["constant", "auto"]
+        and settings["metric_for_best_model"] == "loss"
+    )

@@ -1,0 +1,108 @@
+"""What the runs of the quality study say: every method beside plain fine-tuning, and auto beside the best λ."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from _paired import paired, spread
+
+SHOWN = ("f1_macro", "nll", "ece")
+HIGHER_IS_BETTER = ("f1_macro",)
+# By seed, of one method in one cell.
+Found = dict[int, dict[str, float]]
+
+
+def cells_of(runs: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Found]]:
+    """Scores by data set and shots, method, seed."""
+    cells: dict[tuple[str, int], dict[str, Found]] = {}
+    for run in runs:
+        cell = cells.setdefault((run["data"], run["shots"]), {})
+        cell.setdefault(run["method"], {})[run["seed"]] = run["scores"]
+    return cells
+
+
+def beside(found: Found, other: Found, score: str) -> list[float]:
+    """Differences on the draws that both have."""
+    return [found[seed][score] - other[seed][score] for seed in sorted(found) if seed in other]
+
+
+def by_method(runs: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:
+    """A row per method: what it adds to plain fine-tuning, per data set and over all draws.
+
+    The interval is that of a bootstrap over the draws; a win is a draw on which the method is better than plain.
+    """
+    cells = {data: cell for (data, at), cell in cells_of(runs).items() if at == shots}
+    methods = list(dict.fromkeys(method for cell in cells.values() for method in cell))
+    rows = []
+    for method in methods:
+        row: dict[str, Any] = {"method": method, "sets": {}, "all": {}}
+        for score in SHOWN:
+            pooled: list[float] = []
+            for data, cell in cells.items():
+                if method not in cell:
+                    continue
+                part = row["sets"].setdefault(data, {"draws": len(cell[method])})
+                part[score] = spread([scores[score] for scores in cell[method].values()])
+                added = beside(cell[method], cell["plain"], score)
+                part[score]["added"] = statistics.mean(added)
+                pooled += added
+            sign = 1 if score in HIGHER_IS_BETTER else -1
+            row["all"][score] = {**paired(pooled), "wins": sum(sign * value > 0 for value in pooled)}
+            row["draws"] = len(pooled)
+        rows.append(row)
+    return rows
+
+
+def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str = "f1_macro") -> list[dict[str, Any]]:
+    """A row per data set and shots: auto beside plain, and beside the constant λ that is best *on the test texts*.
+
+    Such an oracle is what no search on validation texts can beat. `error` is the standard error of the mean
+    difference over the draws. λ of which not all draws of auto were tried take part on those that were.
+    """
+    rows = []
+    for (data, shots), cell in cells_of(runs).items():
+        auto, plain = cell.get("auto", {}), cell["plain"]
+        if not auto:
+            continue
+        row: dict[str, Any] = {"data": data, "shots": shots, "draws": len(auto)}
+        grid = {0.0: plain, **{float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}}
+        # Where a λ was tried on fewer draws, its gain over plain on those counts.
+        gains = {value: statistics.mean(beside(found, plain, chooser)) for value, found in grid.items()}
+        best = max(gains, key=lambda value: (gains[value], -value))
+        row["grid"], row["best"] = sorted(grid), best
+        for name, other in (("plain", plain), ("oracle", grid[best])):
+            row[name] = {}
+            for score in SHOWN:
+                added = beside(auto, other, score)
+                error = statistics.stdev(added) / len(added) ** 0.5 if len(added) > 1 else None
+                row[name][score] = {"auto_adds": statistics.mean(added), "error": error, "draws": len(added)}
+        for score in SHOWN:
+            row[score] = {"plain": spread([scores[score] for scores in plain.values()])["mean"]}
+            row[score]["auto"] = spread([scores[score] for scores in auto.values()])["mean"]
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
+
+
+def strengths(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per data set and shots: λ of auto in the second half of training, in the mean over steps, by draw."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for run in runs:
+        course = run["course"]["l2sp_lambda"] if run["method"] == "auto" else []
+        if course:
+            row = rows.setdefault(
+                (run["data"], run["shots"]), {"data": run["data"], "shots": run["shots"], "rows": [], "lambda": []}
+            )
+            row["lambda"].append(statistics.mean(course[len(course) // 2 :]))
+            row["rows"].append(run["rows"])
+    return sorted(rows.values(), key=lambda row: (row["data"], statistics.mean(row["rows"])))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of it, for the file of results."""
+    shots = sorted({run["shots"] for run in runs})
+    return {
+        "methods": {str(each): by_method(runs, each) for each in shots},
+        "oracle": beside_oracle(runs),
+        "strengths": strengths(runs),
+    }

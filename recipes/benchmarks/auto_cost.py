@@ -1,0 +1,119 @@
+"""What l2sp_schedule="auto" takes: its share of the time of a training, and its memory beside a constant λ.
+
+    python recipes/benchmarks/auto_cost.py [--repeats 3]
+
+MiniLM, 80 steps of 16 × 64 tokens, fp32, AdamW, with 40 and 1,000 training rows, with and without evaluation rows.
+Every run is a process of its own; the time is that inside the measurements on held-out rows, against the rest of the
+training in the same process, so that other load on the machine falls on both. Memory is the peak of anonymous memory
+of /proc/self/status, hence on Linux only. Writes results/auto_cost.json.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bench import embedded_model, environment, in_a_process, write_results
+from datasets import Dataset
+from memory import MIB, Peak
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
+
+STEPS, BATCH, LENGTH, CLASSES = 80, 16, 64, 5
+# Training rows, evaluation rows.
+CASES = {"40 rows": (40, 0), "1000 rows": (1000, 0), "1000 rows, evaluation rows": (1000, 64)}
+
+
+def random_rows(count: int, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, 20000, (count, LENGTH), generator=generator).tolist()
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * LENGTH] * count, "labels": [row % CLASSES for row in range(count)]}
+    )
+
+
+class TimedTrainer(L2SPTrainer):
+    """Keeps the time that was spent on measurements."""
+
+    measuring = 0.0
+    measured = 0
+
+    def _l2sp_measure_auto(self, *args: Any) -> None:
+        start = time.perf_counter()
+        before = self._l2sp_auto.measured if self._l2sp_auto else 0
+        super()._l2sp_measure_auto(*args)
+        self.measuring += time.perf_counter() - start
+        self.measured += self._l2sp_auto.measured - before if self._l2sp_auto else 0
+
+
+def measure(schedule: str, case: str) -> dict[str, Any]:
+    """One training."""
+    rows, evaluation = CASES[case]
+    peak = Peak()
+    peak.start()
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=CLASSES)
+    model.accepts_loss_kwargs = False
+    with tempfile.TemporaryDirectory() as folder:
+        args = L2SPTrainingArguments(
+            output_dir=folder,
+            l2sp_schedule=schedule,
+            learning_rate=2e-4,
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=True,
+        )
+        held = random_rows(evaluation, 1) if evaluation else None
+        trainer = TimedTrainer(model=model, args=args, train_dataset=random_rows(rows, 0), eval_dataset=held)
+        start = time.perf_counter()
+        trainer.train()
+        taken = time.perf_counter() - start
+    peak.running = False
+    peak.join()
+    assert trainer.l2sp_anchor is not None
+    share = trainer.measuring / (taken - trainer.measuring)
+    parameters = trainer.l2sp_anchor.plan.elements("anchored")
+    return {"share": share, "measured": trainer.measured, "peak": peak.bytes, "model": 4 * parameters}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    if not Path("/proc/self/status").exists():
+        raise SystemExit("This benchmark reads /proc/self/status, which Linux alone has.")
+    if options.child:
+        print(json.dumps(measure(*options.child)))
+        return
+    found: dict[str, Any] = {}
+    for case in CASES:
+        runs: dict[str, list[dict[str, Any]]] = {"constant": [], "auto": []}
+        for _ in range(options.repeats):
+            for schedule, done in runs.items():
+                done.append(in_a_process(__file__, "--child", schedule, case))
+        peaks = {name: statistics.median(run["peak"] for run in done) for name, done in runs.items()}
+        found[case] = {
+            "time_percent": 100 * statistics.median(run["share"] for run in runs["auto"]),
+            "measurements": runs["auto"][0]["measured"],
+            "memory_mib": (peaks["auto"] - peaks["constant"]) / MIB,
+            "memory_percent_of_model": 100 * (peaks["auto"] - peaks["constant"]) / runs["auto"][0]["model"],
+        }
+        print(case, {name: round(value, 2) for name, value in found[case].items()}, flush=True)
+    what = f"MiniLM-L6 (22.7M parameters) fp32, {STEPS} steps of {BATCH} x {LENGTH}, median of {options.repeats}"
+    path = write_results("auto_cost.json", {"what": what, "cases": found, "environment": environment()})
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
