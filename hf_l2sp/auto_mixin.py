@@ -56,6 +56,8 @@ class L2SPAutoMixin:
     _l2sp_auto: AutoStrength | None = None
     _l2sp_rows: _Rows | None = None
     _l2sp_portions: Portions | None = None
+    # ⟨∇L_held-out, θ − θ0⟩ and Σ w‖θ − θ0‖², measured before the optimizer step that is under way.
+    _l2sp_held: tuple[float, float] | None = None
 
     @property
     def _l2sp_is_auto(self) -> bool:
@@ -108,7 +110,7 @@ class L2SPAutoMixin:
 
     def _l2sp_begin_auto(self, checkpoint: str | None) -> None:
         """At the start of training: λ out of the way, or as the checkpoint left it."""
-        self._l2sp_auto = self._l2sp_portions = None
+        self._l2sp_auto = self._l2sp_portions = self._l2sp_held = None
         if not self._l2sp_is_auto:
             return
         assert self.l2sp_anchor is not None
@@ -156,8 +158,17 @@ class L2SPAutoMixin:
         if not portions.due(step):
             return
         positions = portions.positions(step, count, self.args.process_index, processes)
-        slope, squared = self._l2sp_slope(rows.batch(positions, self.args.seed + step))
-        auto.update(slope, squared)
+        self._l2sp_held = self._l2sp_slope(rows.batch(positions, self.args.seed + step))
+
+    def _l2sp_update_auto(self) -> None:
+        """Before the penalty's gradient is added: λ by what was measured at these weights, and their gradient."""
+        if self._l2sp_auto is None or self._l2sp_held is None:
+            return
+        (held, squared), self._l2sp_held = self._l2sp_held, None
+        assert self.l2sp_anchor is not None
+        trained = self.l2sp_anchor.slope()
+        scale = self.l2sp_anchor.backend.grad_scale()
+        self._l2sp_auto.update(held, float(trained if scale is None else trained / scale.to(trained.device)), squared)
 
     def _l2sp_decision_step(self, steps: int) -> int:
         """Where it is decided whether to release early: before the loader, which reads ahead, has come that far."""

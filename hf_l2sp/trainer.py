@@ -260,6 +260,7 @@ class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpol
         """Adds the gradient of λ·Σ w‖θ − θ0‖² + β‖θ_new‖² to the gradients; returns the value."""
         anchor = self.l2sp_anchor
         assert anchor is not None
+        self._l2sp_update_auto()
         strength, beta = self._l2sp_strength(), float(self._l2sp_arg("l2sp_beta"))
         sums = anchor.apply(strength)
         penalty = strength * sums.total

@@ -45,7 +45,8 @@ def test_finds_the_evidence_optimum_of_a_gaussian_model():
         for _ in range(200):
             now = minimiser(auto.value)
             # Held-out rows without number: the gradient of their mean loss is that of ½‖θ − θ*‖².
-            auto.update(float((now - theta) @ now), float(now @ now))
+            squared = float(now @ now)
+            auto.update(float((now - theta) @ now), -2 * auto.value * squared, squared)
         now = minimiser(auto.value)
         assert abs((now - theta) @ now) < 1e-6 * (now @ now)
         found.append(auto.value / expected)
@@ -58,43 +59,64 @@ def test_its_fixed_point_is_mackays_update():
     auto, gamma_share = AutoStrength(1e-3), 0.4
     for _ in range(300):
         squared = float(minimiser(auto.value) @ minimiser(auto.value))
-        auto.update(gamma_share - 2 * auto.value * squared, squared)  # ⟨∇L_train, θ − θ0⟩ = −2λ‖θ − θ0‖²
+        trained = -2 * auto.value * squared
+        auto.update(gamma_share + trained, trained, squared)
     squared = float(minimiser(auto.value) @ minimiser(auto.value))
     assert math.isclose(auto.value, gamma_share / (2 * squared), rel_tol=1e-6)
+
+
+def test_it_is_not_summed_up_while_the_model_lags_behind():
+    """a, b and the distance stay as they are, as if θ did not answer: λ stays at what makes up for them."""
+    auto = AutoStrength()
+    for _ in range(50):
+        auto.update(0.3, -0.1, 10.0)
+    assert math.isclose(auto.value, 0.4 / 20.0)
+
+
+def test_it_gives_way_where_the_model_has_still_to_learn():
+    """However much less the held-out examples gain by it than those that are trained on."""
+    auto = AutoStrength(0.5)
+    assert auto.update(-0.2, -0.55, 10.0) == SMALLEST and auto.has_to_learn
+    # Where they hardly gain any more, it sets in.
+    values = [auto.update(-0.01, -0.55, 10.0) for _ in range(4)]
+    assert values == sorted(values) and not auto.has_to_learn
+    assert 0.9 * 0.55 / 20.0 < auto.value < 0.55 / 20.0
 
 
 def test_it_does_not_nail_the_model_to_its_anchor():
     """However long a few held-out rows ask for it."""
     auto = AutoStrength()
-    auto.update(0.5, 10.0)
+    auto.update(0.5, 0.0, 10.0)
     for squared in (4.0, 1.0, 0.6):
-        before = auto.value
-        assert before < auto.update(0.5, squared) <= max(2 * before, 0.25 / squared)
+        assert math.isclose(auto.update(0.5, 0.0, squared), 0.25 / squared)
     for _ in range(3):
         before = auto.value
-        assert auto.update(0.5, 0.4) <= 0.7 * before
+        assert auto.update(0.5, 0.0, 0.4) <= 0.7 * before
 
 
-@pytest.mark.parametrize(("slope", "squared"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, 0.0)])
-def test_what_is_no_measurement_changes_nothing(slope, squared):
+@pytest.mark.parametrize(
+    "measurement",
+    [(math.nan, 0.0, 1.0), (math.inf, 0.0, 1.0), (1.0, math.nan, 1.0), (1.0, 0.0, math.nan), (1.0, 0.0, 0.0)],
+)
+def test_what_is_no_measurement_changes_nothing(measurement):
     auto = AutoStrength(0.1)
-    auto.update(0.3, 2.0)
+    auto.update(0.3, -0.1, 2.0)
     before = auto.state_dict()
-    auto.update(slope, squared)
+    auto.update(*measurement)
     assert auto.state_dict() == before
 
 
 def test_it_stays_within_bounds():
     auto = AutoStrength(0.1)
-    assert auto.update(-1e6, 1e-9) == SMALLEST
-    assert auto.update(1e12, 1e-9) == LARGEST
-    assert auto.update(-1e12, 1e-9) == SMALLEST > 0
+    assert auto.update(-1e6, 0.0, 1e-9) == SMALLEST
+    assert auto.update(1e12, 0.0, 1e-9) == LARGEST
+    assert auto.update(-1e12, 0.0, 1e-9) == SMALLEST > 0
 
 
 def test_state_survives_json():
     auto = AutoStrength(0.1)
     for slope in (0.1, -0.37, 1 / 3):
-        auto.update(slope, 0.7)
+        auto.update(slope, slope - 1.0, 0.7)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict())))
     assert again == auto
     with pytest.raises(ValueError, match="damaged"):
@@ -226,8 +248,8 @@ def test_measuring_leaves_nothing_behind(make, classification_data, monkeypatch)
     """With a rule that says what it was told, the run is that of a constant λ, bit for bit."""
     asked = []
 
-    def update(self, slope, squared):
-        asked.append(slope)
+    def update(self, held, trained, squared):
+        asked.append(held)
         return self.value
 
     monkeypatch.setattr(AutoStrength, "update", update)
@@ -237,6 +259,54 @@ def test_measuring_leaves_nothing_behind(make, classification_data, monkeypatch)
     constant.train()
     assert len(asked) > 5 and same(auto, constant)
     assert auto.state.log_history[:-1] == constant.state.log_history[:-1]
+
+
+def test_both_slopes_are_taken_at_the_same_weights(make, classification_data, monkeypatch):
+    """Of the evaluation rows, and of the rows of all micro-batches of the step, before penalty and clipping."""
+    told, expected = [], []
+    monkeypatch.setattr(AutoStrength, "update", lambda self, *slopes: told.append(slopes))
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 1e-3,
+        "l2sp_exclude": ["embeddings"],
+        "max_steps": 8,
+    }
+    trainer = make(dropout=0.0, eval_dataset=classification_data[:5], **settings)
+    micro, steps = [], trainer.training_step
+
+    def slope(model, batches):
+        model.zero_grad()
+        for batch in batches:
+            (model(**batch).loss / len(batches)).backward()
+        return float(trainer.l2sp_anchor.slope())
+
+    def training_step(model, inputs, *args, **kwargs):
+        micro.append({key: value.clone() for key, value in inputs.items()})
+        kept = None
+        if trainer.accelerator.sync_gradients and trainer._l2sp_held is not None:
+            apart = {name: parameter.grad for name, parameter in model.named_parameters()}
+            trained = slope(model, micro[-2:])
+            positions = trainer._l2sp_portions.positions(trainer.state.global_step, 5, 0, 1)
+            rows = [classification_data[trainer._l2sp_rows.indices[position]] for position in positions]
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            model.eval()
+            kept = slope(model, [batch]), trained
+            model.train()
+            for name, parameter in model.named_parameters():
+                parameter.grad = apart[name]
+        result = steps(model, inputs, *args, **kwargs)
+        if kept is not None:
+            expected.append(kept)
+        return result
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert len(told) == len(expected) > 3
+    for (held, trained, squared), (a, b) in zip(told, expected, strict=True):
+        assert math.isclose(held, a, rel_tol=1e-4, abs_tol=1e-6) and math.isclose(
+            trained, b, rel_tol=1e-4, abs_tol=1e-6
+        )
+        assert squared > 0 and abs(held - trained) > 1e-5
 
 
 def test_lambda_is_found_and_told(make):

@@ -8,7 +8,6 @@ With --check nothing is written, and the exit code is 1 where a README does not 
 import argparse
 import re
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from _bench import RECIPES, read_results
@@ -178,43 +177,79 @@ def domain_adaptation() -> str:
 
 def quality() -> str:
     result = read_results("quality.json")
-    runs: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
-    for run in result["runs"]:
-        runs.setdefault((run["method"], run["data"]), {})[run["shots"], run["seed"]] = run["scores"]
-    sets, methods = (list(dict.fromkeys(key[i] for key in runs)) for i in (1, 0))
-    lines = [f"| method | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}"]
-    for method in sorted(methods, key=_quality_order):
+    methods = result["summary"]["methods"]
+    fewest = min(methods, key=int)
+    sets = list(dict.fromkeys(name for row in methods[fewest] for name in row["sets"]))
+    lines = [f"| method | {' | '.join(sets)} | all draws: macro-F1 [95 %] | NLL [95 %] | better F1, NLL |"]
+    lines.append(f"|---|{'---|' * len(sets)}---|---|---|")
+    for row in methods[fewest]:
         cells = []
         for name in sets:
-            found, plain = runs.get((method, name), {}), runs["plain", name]
-            draws = [draw for draw in found if draw in plain]
-            if not draws:
+            found = row["sets"].get(name)
+            if found is None:
                 cells.append("")
                 continue
-            base = {key: 0.0 if method == "plain" else mean([plain[draw][key] for draw in draws]) for key in SHOWN}
-            values = [mean([found[draw][key] for draw in draws]) - base[key] for key in SHOWN]
-            shown = " / ".join(f"{value:.3f}" if method == "plain" else f"{value:+.3f}" for value in values)
-            cells.append(f"{shown} ({len(draws)})")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+            key, sign = ("mean", "") if row["method"] == "plain" else ("added", "+")
+            cells.append(" / ".join(f"{found[score][key]:{sign}.3f}" for score in SHOWN) + f" ({found['draws']})")
+        if row["method"] == "plain":
+            cells += ["", "", ""]
+        else:
+            pooled = [row["all"][score] for score in SHOWN]
+            cells += [f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]" for found in pooled]
+            cells.append(" and ".join(str(found["wins"]) for found in pooled) + f" of {row['draws']}")
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     training, rows = result["config"]["training"], result["config"]["test_rows"]
-    shots = ", ".join(str(shots) for shots in sorted({run["shots"] for run in result["runs"]}))
     steps, batch, rate = (training[key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate"))
     lines.append(
-        f"\nmacro-F1 / NLL with {shots} texts per class: of plain fine-tuning, and of the others what they add on the "
-        f"same draws (their number in brackets). {steps} steps of {batch}, learning rate {rate:g}, {rows} test texts. "
-        "auto is given no evaluation set."
+        f"\nmacro-F1 / NLL with {fewest} texts per class: of plain fine-tuning, and of the others what they add on "
+        f"the same draws (their number in brackets). {steps} steps of {batch}, learning rate {rate:g}, {rows} test "
+        "texts. Intervals are those of a paired bootstrap over the draws: few draws make them too narrow."
     )
     return "\n".join(lines)
 
 
-def _quality_order(method: str) -> tuple[int, float]:
-    kind, _, value = method.partition(" ")
-    kinds = ("plain", "l2sp", "linear", "cosine", "decoupled", "auto")
-    return kinds.index(kind), float(value) if value.replace(".", "").isdigit() else 0.0
+def oracle() -> str:
+    lines = ["| data, labelled texts | draws | plain | auto | auto beside plain | best λ | auto beside it |"]
+    lines.append("|---|---|---|---|---|---|---|")
+
+    def added(found: dict[str, Any]) -> str:
+        shown = []
+        for score in SHOWN:
+            error = found[score]["error"]
+            shown.append(f"{found[score]['auto_adds']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+        return " / ".join(shown)
+
+    for row in read_results("quality.json")["summary"]["oracle"]:
+        scores = [" / ".join(f"{row[score][name]:.3f}" for score in SHOWN) for name in ("plain", "auto")]
+        texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
+        searched = len(row["grid"]) > 1
+        draws = row["oracle"]["f1_macro"]["draws"]
+        best = f"{row['best']:g} of {len(row['grid'])} ({draws})" if searched else ""
+        cells = [texts, str(row["draws"]), *scores, added(row["plain"])]
+        cells += [best, added(row["oracle"])] if searched else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        "\nmacro-F1 / NLL; differences with their standard error over the draws. The best λ of the grid, 0 among it, "
+        "is chosen by macro-F1 *on the test texts*, on the draws in brackets, which no search can do."
+    )
+    return "\n".join(lines)
+
+
+def auto_cost() -> str:
+    result = read_results("auto_cost.json")
+    lines = ["| training rows | measurements | time, beside the rest of the training | memory, beside a constant λ |"]
+    lines.append("|---|---|---|---|")
+    for case, found in result["cases"].items():
+        memory = f"{found['memory_mib']:+.1f} MiB ({found['memory_percent_of_model']:+.1f} % of the model)"
+        lines.append(f"| {case} | {found['measurements']} | {found['time_percent']:.1f} % | {memory} |")
+    lines.append(f"\n{result['what']}.")
+    return "\n".join(lines)
 
 
 SECTIONS = {
     "quality": quality,
+    "oracle": oracle,
+    "auto_cost": auto_cost,
     "main_job": main_job,
     "speed": speed,
     "memory": memory,
