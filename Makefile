@@ -17,7 +17,7 @@ RUN := HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-distributed test-slow test-floor lint style reference release-check bench results \
-	results-domains clean
+	results-domains results-quality clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,7 @@ release-check: $(RELEASE)/.tools ## Build sdist and wheel, check them, try the w
 bench: $(VENV)/.dev ## Measure speed and memory of the penalty
 	$(RUN)/python recipes/benchmarks/speed.py
 	$(RUN)/python recipes/benchmarks/memory.py
+	$(RUN)/python recipes/benchmarks/auto_cost.py
 
 results: $(VENV)/.dev ## Measure everything that the README reports, and write it there (about an hour)
 	$(RUN)/python recipes/benchmarks/clinical_notes.py
@@ -103,6 +104,12 @@ results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-
 	$(RUN)/python recipes/benchmarks/domains.py --data $(DATA)
 	$(RUN)/python recipes/benchmarks/scarce_labels.py --data $(DATA)/medical_abstracts
 	$(RUN)/python recipes/benchmarks/domain_adaptation.py --data $(DATA)
+	$(RUN)/python recipes/benchmarks/readme.py
+
+results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make results-quality DATA=FOLDER (a day on two cores)
+	$(RUN)/python recipes/benchmarks/quality.py --data $(DATA) --shots 8 16 64 --workers 2 \
+		--sets medical_abstracts clothing_reviews cuad_clauses medquad_info_type
+	$(RUN)/python recipes/benchmarks/quality.py --data $(DATA) --shots 8 16 64 --workers 2 --sets wnut17 ncbi_disease
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches

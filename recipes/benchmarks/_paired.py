@@ -15,6 +15,17 @@ def paired(differences: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(differences), "low": low, "high": high}
 
 
+def paired_in_groups(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Mean of the groups' means, and the 95 % interval of a bootstrap over the groups and the draws in each."""
+    random = numpy.random.default_rng(0)
+    means = [
+        numpy.mean([random.choice(groups[chosen], len(groups[chosen])).mean() for chosen in row])
+        for row in random.integers(len(groups), size=(2000, len(groups)))
+    ]
+    low, high = numpy.quantile(means, (0.025, 0.975)).tolist()
+    return {"mean": statistics.mean(statistics.mean(group) for group in groups), "low": low, "high": high}
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation; 0 for a single value."""
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from _paired import paired, spread
+from _paired import paired_in_groups, spread
 
 SHOWN = ("f1_macro", "nll", "ece")
 HIGHER_IS_BETTER = ("f1_macro",)
@@ -28,28 +28,30 @@ def beside(found: Found, other: Found, score: str) -> list[float]:
 
 
 def by_method(runs: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:
-    """A row per method: what it adds to plain fine-tuning, per data set and over all draws.
+    """A row per method: what it adds to plain fine-tuning, per data set and in the mean of the data sets.
 
-    The interval is that of a bootstrap over the draws; a win is a draw on which the method is better than plain.
+    The interval is that of a bootstrap over data sets and the draws in each; a win is a draw on which the method is
+    better than plain. A data set on which few of the methods were tried is left out.
     """
     cells = {data: cell for (data, at), cell in cells_of(runs).items() if at == shots}
+    most = max(map(len, cells.values()))
+    cells = {data: cell for data, cell in cells.items() if 2 * len(cell) > most}
     methods = list(dict.fromkeys(method for cell in cells.values() for method in cell))
     rows = []
     for method in methods:
         row: dict[str, Any] = {"method": method, "sets": {}, "all": {}}
         for score in SHOWN:
-            pooled: list[float] = []
+            groups: list[list[float]] = []
             for data, cell in cells.items():
                 if method not in cell:
                     continue
                 part = row["sets"].setdefault(data, {"draws": len(cell[method])})
                 part[score] = spread([scores[score] for scores in cell[method].values()])
-                added = beside(cell[method], cell["plain"], score)
-                part[score]["added"] = statistics.mean(added)
-                pooled += added
-            sign = 1 if score in HIGHER_IS_BETTER else -1
-            row["all"][score] = {**paired(pooled), "wins": sum(sign * value > 0 for value in pooled)}
-            row["draws"] = len(pooled)
+                groups.append(beside(cell[method], cell["plain"], score))
+                part[score]["added"] = statistics.mean(groups[-1])
+            sign, added = 1 if score in HIGHER_IS_BETTER else -1, [value for group in groups for value in group]
+            row["all"][score] = {**paired_in_groups(groups), "wins": sum(sign * value > 0 for value in added)}
+            row["draws"] = len(added)
         rows.append(row)
     return rows
 

@@ -180,7 +180,7 @@ def quality() -> str:
     methods = result["summary"]["methods"]
     fewest = min(methods, key=int)
     sets = list(dict.fromkeys(name for row in methods[fewest] for name in row["sets"]))
-    lines = [f"| method | {' | '.join(sets)} | all draws: macro-F1 [95 %] | NLL [95 %] | better F1, NLL |"]
+    lines = [f"| method | {' | '.join(sets)} | mean: macro-F1 [95 %] | NLL [95 %] | better F1, NLL |"]
     lines.append(f"|---|{'---|' * len(sets)}---|---|---|")
     for row in methods[fewest]:
         cells = []
@@ -203,7 +203,7 @@ def quality() -> str:
     lines.append(
         f"\nmacro-F1 / NLL with {fewest} texts per class: of plain fine-tuning, and of the others what they add on "
         f"the same draws (their number in brackets). {steps} steps of {batch}, learning rate {rate:g}, {rows} test "
-        "texts. Intervals are those of a paired bootstrap over the draws: few draws make them too narrow."
+        "texts. Intervals are those of a paired bootstrap over data sets and draws."
     )
     return "\n".join(lines)
 

@@ -1,0 +1,141 @@
+"""The quality study's own parts: the methods of others against their formulas, what is concluded from the runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+
+from _paired import paired, paired_in_groups  # noqa: E402  # isort: skip
+from _quality_rivals import AdamSPD, RecAdam, freeze_below, layer_groups, with_pretrained  # noqa: E402  # isort: skip
+from _quality_summary import beside_oracle, by_method, strengths  # noqa: E402  # isort: skip
+
+RATE = 0.05
+
+
+def run(make, steps=6, **options):
+    """Weights and gradients, step by step, of a pretrained and a new parameter pulled towards 1 and -1."""
+    torch.manual_seed(0)
+    old, new = (torch.nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [old], "pretrained": True}, {"params": [new], "pretrained": False}]
+    optimizer = make(groups, lr=RATE, **options)
+    course = [(old.detach().clone(), new.detach().clone(), None, None)]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((old - 1.0).square().sum() + (new + 1.0).square().sum()).backward()
+        gradients = old.grad.clone(), new.grad.clone()
+        optimizer.step()
+        course.append((old.detach().clone(), new.detach().clone(), *gradients))
+    return course
+
+
+def adam_steps(gradients):
+    """What Adam adds at every step, written out."""
+    first = second = torch.zeros_like(gradients[0])
+    for step, gradient in enumerate(gradients, start=1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        yield -RATE * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def test_recadam_is_its_formula():
+    course = run(RecAdam, middle=3, speed=0.7, pull=4.0)
+    steps = adam_steps([gradient for *_, gradient, _ in course[1:]])
+    start = theta = course[0][0]
+    for number, (added, entry) in enumerate(zip(steps, course[1:], strict=True), start=1):
+        share = 1 / (1 + math.exp(-0.7 * (number - 3)))
+        theta = theta + share * added - RATE * (1 - share) * 4.0 * (theta - start)
+        torch.testing.assert_close(entry[0], theta, rtol=1e-12, atol=1e-12)
+    new = course[0][1]
+    for added, entry in zip(adam_steps([gradient for *_, gradient in course[1:]]), course[1:], strict=True):
+        new = new + added
+        torch.testing.assert_close(entry[1], new, rtol=1e-12, atol=1e-12)
+
+
+def test_adamspd_takes_back_only_where_the_gradient_points_back():
+    course = run(AdamSPD, strength=0.6, steps=150)  # beyond the minimum
+    start = theta = course[0][0]
+    taken_back = 0
+    for added, (entry, _, gradient, _) in zip(adam_steps([g for *_, g, _ in course[1:]]), course[1:], strict=True):
+        moved = theta + added
+        if float(gradient @ (theta - start)) > 0:
+            ratio = 1 - float((theta - start).norm() / (moved - start).norm())
+            taken_back += ratio > 0
+            moved = moved - 0.6 * max(ratio, 0.0) * (moved - start)
+        theta = moved
+        torch.testing.assert_close(entry, theta, rtol=1e-10, atol=1e-10)
+    assert 0 < taken_back < 150
+
+
+@pytest.fixture
+def bert(tiny_bert_dir):
+    return BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3)
+
+
+def test_groups_hold_every_parameter_once(bert):
+    layers = bert.config.num_hidden_layers
+    for groups in (with_pretrained(bert), layer_groups(bert, 1.0, 0.5)):
+        ids = [id(parameter) for group in groups for parameter in group["params"]]
+        assert sorted(ids) == sorted(map(id, bert.parameters()))
+    rates = {id(p): group["lr"] for group in layer_groups(bert, 1.0, 0.5) for p in group["params"]}
+    assert rates[id(bert.classifier.weight)] == rates[id(bert.bert.pooler.dense.weight)] == 1.0
+    assert rates[id(bert.bert.encoder.layer[-1].output.dense.weight)] == 0.5
+    assert rates[id(bert.bert.embeddings.word_embeddings.weight)] == 0.5 ** (layers + 1)
+    assert [group["pretrained"] for group in with_pretrained(bert)] == [True, False]
+    assert len(with_pretrained(bert)[1]["params"]) == 2
+
+
+def test_frozen_half(bert):
+    freeze_below(bert, 1)
+    frozen = {name for name, parameter in bert.named_parameters() if not parameter.requires_grad}
+    assert all(".embeddings." in name or ".layer.0." in name for name in frozen)
+    assert any(".layer.0." in name for name in frozen) and bert.classifier.weight.requires_grad
+
+
+def entry(method, seed, f1, nll, data="d", shots=8, course=(), rows=24):
+    scores = {"f1_macro": f1, "nll": nll, "ece": 0.1}
+    about = {"data": data, "shots": shots, "seed": seed, "method": method, "rows": rows}
+    return {**about, "scores": scores, "course": {"l2sp_lambda": list(course)}}
+
+
+RUNS = [
+    entry("plain", 1, 0.5, 2.0),
+    entry("plain", 2, 0.6, 1.0),
+    entry("l2sp 0.1", 1, 0.4, 1.5),
+    entry("l2sp 0.1", 2, 0.5, 1.5),
+    entry("l2sp 0.3", 1, 0.56, 1.4),  # on one draw only: beside plain on that one
+    entry("auto", 1, 0.52, 1.2, course=[0.0, 0.0, 0.2, 0.4]),
+    entry("auto", 2, 0.66, 1.1, course=[0.0, 0.0, 0.1, 0.1]),
+]
+
+
+def test_methods_are_compared_on_the_draws_that_both_have():
+    rows = {row["method"]: row for row in by_method(RUNS, 8)}
+    assert rows["l2sp 0.3"]["all"]["f1_macro"]["mean"] == pytest.approx(0.06) and rows["l2sp 0.3"]["draws"] == 1
+    assert rows["auto"]["all"]["nll"]["mean"] == pytest.approx((-0.8 + 0.1) / 2)
+    assert rows["auto"]["all"]["nll"]["wins"] == 1 and rows["auto"]["all"]["f1_macro"]["wins"] == 2
+    assert rows["auto"]["sets"]["d"]["f1_macro"]["mean"] == pytest.approx(0.59)
+
+
+def test_oracle_is_the_best_constant_strength_zero_among_them():
+    (row,) = beside_oracle(RUNS)
+    assert row["grid"] == [0.0, 0.1, 0.3] and row["best"] == 0.3 and row["oracle"]["f1_macro"]["draws"] == 1
+    assert row["oracle"]["f1_macro"]["auto_adds"] == pytest.approx(-0.04)
+    assert row["oracle"]["f1_macro"]["error"] is None
+    assert row["plain"]["f1_macro"]["error"] == pytest.approx(0.02)
+    (without,) = beside_oracle([run for run in RUNS if run["method"] != "l2sp 0.3"])
+    assert without["best"] == 0.0
+    (found,) = strengths(RUNS)
+    assert found["lambda"] == pytest.approx([0.3, 0.1]) and found["rows"] == [24, 24]
+
+
+def test_intervals_cover_what_they_should():
+    found = paired([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0 and 1.0 <= found["low"] < 2.0 < found["high"] <= 3.0
+    groups = paired_in_groups([[1.0], [3.0, 5.0]])
+    assert groups["mean"] == 2.5 and groups["low"] == 1.0 and groups["high"] <= 5.0
