@@ -106,10 +106,15 @@ results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-
 	$(RUN)/python recipes/benchmarks/domain_adaptation.py --data $(DATA)
 	$(RUN)/python recipes/benchmarks/readme.py
 
-results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make results-quality DATA=FOLDER (a day on two cores)
-	$(RUN)/python recipes/benchmarks/quality.py --data $(DATA) --shots 8 16 64 --workers 2 \
-		--sets medical_abstracts clothing_reviews cuad_clauses medquad_info_type
-	$(RUN)/python recipes/benchmarks/quality.py --data $(DATA) --shots 8 16 64 --workers 2 --sets wnut17 ncbi_disease
+QUALITY := $(RUN)/python recipes/benchmarks/quality.py --workers 2 --data $(DATA)
+FOUR_SETS := medical_abstracts clothing_reviews cuad_clauses medquad_info_type
+
+results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make results-quality DATA=FOLDER (a day)
+	$(QUALITY) --shots 8 16 --sets $(FOUR_SETS)
+	$(QUALITY) --shots 0 --sets $(FOUR_SETS) --methods plain auto
+	$(QUALITY) --shots 64 --sets $(filter-out cuad_clauses,$(FOUR_SETS)) --methods plain auto
+	$(QUALITY) --shots 8 --sets wnut17 tiny_sentiment tiny_legal tiny_medical tiny_ner
+	$(QUALITY) --shots 16 --sets ncbi_disease
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches

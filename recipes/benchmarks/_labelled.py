@@ -18,12 +18,14 @@ sys.path.insert(0, str(RECIPES))
 from _ner_draws import NerSplit  # noqa: E402
 from _ner_draws import draw_shots as draw_sentences  # noqa: E402
 from _ner_tags import label_names  # noqa: E402
+from _recipe_args import RecipeError  # noqa: E402
 from _recipe_data import Split, draw_shots  # noqa: E402
 from _recipe_files import read_file  # noqa: E402
 
 __all__ = [
     "SCORES",
     "NerSplit",
+    "RecipeError",
     "Split",
     "draw_sentences",
     "draw_shots",

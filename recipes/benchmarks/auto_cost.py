@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/auto_cost.py [--repeats 3]
 
-MiniLM, 80 steps of 16 × 64 tokens, fp32, AdamW, with 40 and 1,000 training rows, with and without evaluation rows.
+MiniLM, 40 steps of 16 × 64 tokens, fp32, AdamW, with 40 and 1,000 training rows, with and without evaluation rows.
 Every run is a process of its own; the time is that inside the measurements on held-out rows, against the rest of the
 training in the same process, so that other load on the machine falls on both. Memory is the peak of anonymous memory
 of /proc/self/status, hence on Linux only. Writes results/auto_cost.json.
@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 
-STEPS, BATCH, LENGTH, CLASSES = 80, 16, 64, 5
+STEPS, BATCH, LENGTH, CLASSES = 40, 16, 64, 5
 # Training rows, evaluation rows.
 CASES = {"40 rows": (40, 0), "1000 rows": (1000, 0), "1000 rows, evaluation rows": (1000, 64)}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _bench import RESULTS, environment, read_results, write_results
-from _labelled import SCORES
+from _labelled import SCORES, RecipeError
 from _quality_cell import MAX_LENGTH, TEST_ROWS, TRAINING, cell_of, timed
 from _quality_methods import METHODS
 from _quality_plots import draw_methods, draw_strengths
@@ -68,6 +68,11 @@ def main() -> None:
         for method in options.methods
         if (name, shots, seed, method) not in done
     ]
+    for folder, shots, seed in {job[:3] for job in wanted}:
+        try:
+            len(cell_of(folder, shots, seed).labelled)  # refuses now what it would refuse in the middle of the study
+        except RecipeError as error:
+            raise SystemExit(f"{folder.name}: {error}") from error
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
