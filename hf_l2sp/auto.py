@@ -13,11 +13,11 @@ LARGEST = 1.0
 # How much a counts against b, by its sign. Where held-out examples want θ nearer to θ0 one takes a step of Newton's;
 # where they still gain by the way from θ0, λ has to give way for good, not to be merely small.
 _AWAY, _BACK = 3.0, 1.0
-# ‖θ − θ0‖² is kept above this part of the largest that was seen, by as much less λ in each measurement: a handful of
-# held-out examples that are wrong all the time must not nail θ to θ0.
-LEAST_LEFT, LESS = 0.05, 0.7
-# Of the moving average over measurements: one alone is that of a few examples.
-MEMORY = 0.3
+# A handful of held-out examples that are wrong all the time must not nail θ to θ0: λ is as found while ‖θ − θ0‖² is
+# more than a quarter of the largest that was seen, falls as it does, and is off where an eighth is left.
+FREE, LEAST_LEFT = 0.25, 0.125
+# Of the moving averages of slopes over measurements, and of λ: one alone is that of a few examples.
+MEMORY, INERTIA = 0.3, 0.5
 
 
 @dataclass
@@ -80,9 +80,9 @@ class AutoStrength:
         self.deepest = min(self.deepest, average)
         value = ((_BACK if average > 0.0 else _AWAY) * average - trained) / (2.0 * squared)
         self.largest = max(self.largest, squared)
-        if squared < LEAST_LEFT * self.largest:
-            value = min(value, LESS * self.value)
-        self.value = min(max(value, SMALLEST), LARGEST)
+        value *= min(max((squared / self.largest - LEAST_LEFT) / (FREE - LEAST_LEFT), 0.0), 1.0)
+        value = min(max(value, SMALLEST), LARGEST)
+        self.value = INERTIA * self.value + (1.0 - INERTIA) * value
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
