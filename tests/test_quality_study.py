@@ -108,7 +108,7 @@ RUNS = [
     entry("plain", 2, 0.6, 1.0),
     entry("l2sp 0.1", 1, 0.4, 1.5),
     entry("l2sp 0.1", 2, 0.5, 1.5),
-    entry("l2sp 0.3", 1, 0.56, 1.4),  # on one draw only: beside plain on that one
+    entry("l2sp 0.3", 1, 0.56, 1.4),
     entry("auto", 1, 0.52, 1.2, course=[0.0, 0.0, 0.2, 0.4]),
     entry("auto", 2, 0.66, 1.1, course=[0.0, 0.0, 0.1, 0.1]),
 ]
@@ -124,12 +124,13 @@ def test_methods_are_compared_on_the_draws_that_both_have():
 
 def test_oracle_is_the_best_constant_strength_zero_among_them():
     (row,) = beside_oracle(RUNS)
-    assert row["grid"] == [0.0, 0.1, 0.3] and row["best"] == 0.3 and row["oracle"]["f1_macro"]["draws"] == 1
-    assert row["oracle"]["f1_macro"]["auto_adds"] == pytest.approx(-0.04)
-    assert row["oracle"]["f1_macro"]["error"] is None
+    assert row["grid"] == [0.0, 0.1] and row["best"] == 0.0 and row["oracle"]["f1_macro"]["draws"] == 2
+    assert row["plain"]["f1_macro"]["auto_adds"] == row["oracle"]["f1_macro"]["auto_adds"] == pytest.approx(0.04)
     assert row["plain"]["f1_macro"]["error"] == pytest.approx(0.02)
-    (without,) = beside_oracle([run for run in RUNS if run["method"] != "l2sp 0.3"])
-    assert without["best"] == 0.0
+    # All on the first draw alone.
+    (first,) = beside_oracle([run for run in RUNS if run["seed"] == 1 or not run["method"].startswith("l2sp")])
+    assert first["grid"] == [0.0, 0.1, 0.3] and first["best"] == 0.3 and first["draws"] == 2
+    assert first["oracle"]["f1_macro"] == {"auto_adds": pytest.approx(-0.04), "error": None, "draws": 1}
     (found,) = strengths(RUNS)
     assert found["lambda"] == pytest.approx([0.3, 0.1]) and found["rows"] == [24, 24]
 

@@ -42,10 +42,11 @@ def draw_methods(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_strengths(rows: list[dict[str, Any]], path: Path) -> None:
-    """λ of auto against the number of training texts, a line per data set."""
+    """λ of auto against the number of training texts, a line per data set that was tried with several numbers."""
     figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
     axis = figure.subplots()
     sets = {row["data"]: [r for r in rows if r["data"] == row["data"]] for row in rows}
+    sets = {name: part for name, part in sets.items() if len(part) > 1}
     for color, (name, part) in zip(COLORS, sets.items(), strict=False):
         for row in part:
             axis.plot(row["rows"], row["lambda"], ".", color=color, alpha=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from typing import Any
 
 from _paired import paired_in_groups, spread
@@ -31,7 +32,7 @@ def by_method(runs: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:
     """A row per method: what it adds to plain fine-tuning, per data set and in the mean of the data sets.
 
     The interval is that of a bootstrap over data sets and the draws in each; a win is a draw on which the method is
-    better than plain. A data set on which few of the methods were tried is left out.
+    better than plain. A data set on which few of the methods were tried is left out, and a method tried on one alone.
     """
     cells = {data: cell for (data, at), cell in cells_of(runs).items() if at == shots}
     most = max(map(len, cells.values()))
@@ -52,7 +53,8 @@ def by_method(runs: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:
             sign, added = 1 if score in HIGHER_IS_BETTER else -1, [value for group in groups for value in group]
             row["all"][score] = {**paired_in_groups(groups), "wins": sum(sign * value > 0 for value in added)}
             row["draws"] = len(added)
-        rows.append(row)
+        if len(row["sets"]) > 1 or len(cells) == 1:
+            rows.append(row)
     return rows
 
 
@@ -60,7 +62,7 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
     """A row per data set and shots: auto beside plain, and beside the constant λ that is best *on the test texts*.
 
     Such an oracle is what no search on validation texts can beat. `error` is the standard error of the mean
-    difference over the draws. λ of which not all draws of auto were tried take part on those that were.
+    difference over the draws. Of the grid those λ take part that were tried on the most draws.
     """
     rows = []
     for (data, shots), cell in cells_of(runs).items():
@@ -68,8 +70,11 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
         if not auto:
             continue
         row: dict[str, Any] = {"data": data, "shots": shots, "draws": len(auto)}
-        grid = {0.0: plain, **{float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}}
-        # Where a λ was tried on fewer draws, its gain over plain on those counts.
+        tried = {float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}
+        most = max(map(len, tried.values()), default=0)
+        tried = {value: found for value, found in tried.items() if len(found) == most}
+        draws = set.intersection(*map(set, tried.values())) if tried else set(plain)
+        grid = {0.0: {seed: scores for seed, scores in plain.items() if seed in draws}, **tried}
         gains = {value: statistics.mean(beside(found, plain, chooser)) for value, found in grid.items()}
         best = max(gains, key=lambda value: (gains[value], -value))
         row["grid"], row["best"] = sorted(grid), best
@@ -101,10 +106,12 @@ def strengths(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All of it, for the file of results."""
-    shots = sorted({run["shots"] for run in runs})
+    """All of it, for the file of results; the methods at the number of shots that most runs have."""
+    counts = Counter(run["shots"] for run in runs)
+    shots = max(counts, key=lambda each: (counts[each], -each))
     return {
-        "methods": {str(each): by_method(runs, each) for each in shots},
+        "shots": shots,
+        "methods": by_method(runs, shots),
         "oracle": beside_oracle(runs),
         "strengths": strengths(runs),
     }

@@ -93,9 +93,8 @@ def conclude(result: dict[str, Any], name: str) -> None:
     result["runs"].sort(key=lambda run: (run["data"], run["shots"], order.index(run["method"]), run["seed"]))
     result["summary"] = summary(result["runs"])
     write_results(name, result)
-    fewest = min(result["summary"]["methods"], key=int)
     picture = RESULTS / name
-    draw_methods(result["summary"]["methods"][fewest], picture.with_suffix(".png"))
+    draw_methods(result["summary"]["methods"], picture.with_suffix(".png"))
     draw_strengths(result["summary"]["strengths"], picture.with_name(f"{picture.stem}_lambda.png"))
 
 

@@ -177,12 +177,11 @@ def domain_adaptation() -> str:
 
 def quality() -> str:
     result = read_results("quality.json")
-    methods = result["summary"]["methods"]
-    fewest = min(methods, key=int)
-    sets = list(dict.fromkeys(name for row in methods[fewest] for name in row["sets"]))
+    methods, shots = result["summary"]["methods"], result["summary"]["shots"]
+    sets = list(dict.fromkeys(name for row in methods for name in row["sets"]))
     lines = [f"| method | {' | '.join(sets)} | mean: macro-F1 [95 %] | NLL [95 %] | better F1, NLL |"]
     lines.append(f"|---|{'---|' * len(sets)}---|---|---|")
-    for row in methods[fewest]:
+    for row in methods:
         cells = []
         for name in sets:
             found = row["sets"].get(name)
@@ -201,7 +200,7 @@ def quality() -> str:
     training, rows = result["config"]["training"], result["config"]["test_rows"]
     steps, batch, rate = (training[key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate"))
     lines.append(
-        f"\nmacro-F1 / NLL with {fewest} texts per class: of plain fine-tuning, and of the others what they add on "
+        f"\nmacro-F1 / NLL with {shots} texts per class: of plain fine-tuning, and of the others what they add on "
         f"the same draws (their number in brackets). {steps} steps of {batch}, learning rate {rate:g}, {rows} test "
         "texts. Intervals are those of a paired bootstrap over data sets and draws."
     )
