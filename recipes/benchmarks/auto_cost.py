@@ -42,14 +42,11 @@ class TimedTrainer(L2SPTrainer):
     """Keeps the time that was spent on measurements."""
 
     measuring = 0.0
-    measured = 0
 
     def _l2sp_measure_auto(self, *args: Any) -> None:
         start = time.perf_counter()
-        before = self._l2sp_auto.measured if self._l2sp_auto else 0
         super()._l2sp_measure_auto(*args)
         self.measuring += time.perf_counter() - start
-        self.measured += self._l2sp_auto.measured - before if self._l2sp_auto else 0
 
 
 def measure(schedule: str, case: str) -> dict[str, Any]:
@@ -82,7 +79,7 @@ def measure(schedule: str, case: str) -> dict[str, Any]:
     assert trainer.l2sp_anchor is not None
     share = trainer.measuring / (taken - trainer.measuring)
     parameters = trainer.l2sp_anchor.plan.elements("anchored")
-    return {"share": share, "measured": trainer.measured, "peak": peak.bytes, "model": 4 * parameters}
+    return {"share": share, "peak": peak.bytes, "model": 4 * parameters}
 
 
 def main() -> None:
@@ -105,7 +102,6 @@ def main() -> None:
         peaks = {name: statistics.median(run["peak"] for run in done) for name, done in runs.items()}
         found[case] = {
             "time_percent": 100 * statistics.median(run["share"] for run in runs["auto"]),
-            "measurements": runs["auto"][0]["measured"],
             "memory_mib": (peaks["auto"] - peaks["constant"]) / MIB,
             "memory_percent_of_model": 100 * (peaks["auto"] - peaks["constant"]) / runs["auto"][0]["model"],
         }

@@ -236,11 +236,11 @@ def oracle() -> str:
 
 def auto_cost() -> str:
     result = read_results("auto_cost.json")
-    lines = ["| training rows | measurements | time, beside the rest of the training | memory, beside a constant λ |"]
-    lines.append("|---|---|---|---|")
+    lines = ["| training rows | time, beside the rest of the training | memory, beside a constant λ |"]
+    lines.append("|---|---|---|")
     for case, found in result["cases"].items():
         memory = f"{found['memory_mib']:+.1f} MiB ({found['memory_percent_of_model']:+.1f} % of the model)"
-        lines.append(f"| {case} | {found['measurements']} | {found['time_percent']:.1f} % | {memory} |")
+        lines.append(f"| {case} | {found['time_percent']:.1f} % | {memory} |")
     lines.append(f"\n{result['what']}.")
     return "\n".join(lines)
 
