@@ -44,7 +44,7 @@ class SearchTrainingArguments(RecipeTrainingArguments):
     Changed defaults:
         output_dir (`str`, defaults to `"outputs/lambda_search"`)
         learning_rate (`float`, defaults to `3e-4`): 160 texts make few steps.
-        num_train_epochs (`float`, defaults to `4`): six trainings, minutes on two cores
+        num_train_epochs (`float`, defaults to `3`): six trainings, minutes on two cores
         per_device_train_batch_size (`int`, defaults to `16`)
     """
 
@@ -59,7 +59,7 @@ class SearchTrainingArguments(RecipeTrainingArguments):
         default="outputs/lambda_search", metadata={"help": "Folder that the model and the results are written to."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
-    num_train_epochs: float = field(default=4, metadata={"help": "Passes over the training data."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the training data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device in training."})
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "Score on the validation data that chooses λ. Default: loss."}
