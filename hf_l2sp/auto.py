@@ -53,7 +53,11 @@ class AutoStrength:
     @property
     def average(self) -> float:
         """The moving average of a over the measurements there are; 0 before the first."""
-        return self.held / (1.0 - MEMORY**self.measured) if self.measured else 0.0
+        return self._filled(self.held) if self.measured else 0.0
+
+    def _filled(self, moving: float) -> float:
+        """A moving average that began at 0, as if it had begun with the first measurement."""
+        return moving / (1.0 - MEMORY**self.measured)
 
     @property
     def has_to_learn(self) -> bool:
@@ -76,7 +80,7 @@ class AutoStrength:
         self.held = MEMORY * self.held + (1.0 - MEMORY) * held
         self.trained = MEMORY * self.trained + (1.0 - MEMORY) * trained
         self.measured += 1
-        average, trained = self.average, self.trained / (1.0 - MEMORY**self.measured)
+        average, trained = self.average, self._filled(self.trained)
         self.deepest = min(self.deepest, average)
         value = ((_BACK if average > 0.0 else _AWAY) * average - trained) / (2.0 * squared)
         self.largest = max(self.largest, squared)

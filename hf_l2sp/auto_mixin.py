@@ -166,9 +166,7 @@ class L2SPAutoMixin:
             return
         (held, squared), self._l2sp_held = self._l2sp_held, None
         assert self.l2sp_anchor is not None
-        trained = self.l2sp_anchor.slope()
-        scale = self.l2sp_anchor.backend.grad_scale()
-        self._l2sp_auto.update(held, float(trained if scale is None else trained / scale.to(trained.device)), squared)
+        self._l2sp_auto.update(held, float(_slope_unscaled(self.l2sp_anchor)), squared)
 
     def _l2sp_decision_step(self, steps: int) -> int:
         """Where it is decided whether to release early: before the loader, which reads ahead, has come that far."""
@@ -191,14 +189,18 @@ class L2SPAutoMixin:
             loss = loss.mean()  # DataParallel gives one per device
             scale = anchor.backend.grad_scale()
             (loss if scale is None else loss * scale.to(loss.device)).backward()
-        slope, squared = anchor.slope(), anchor.apply(0.0, gradient=False).total
+        slope, squared = _slope_unscaled(anchor), anchor.apply(0.0, gradient=False).total
         model.zero_grad()
-        if scale is not None:
-            slope = slope / scale.to(slope.device)
         if anchor.backend.processes > 1 and not anchor.backend.sharded:
             # Whether the gradients were averaged already depends on the wrapper; the mean is right either way.
             slope = self.accelerator.reduce(slope.to(self.args.device), "mean")  # type: ignore[attr-defined]
         return float(slope), float(squared)
+
+
+def _slope_unscaled(anchor: Anchor) -> Tensor:
+    """⟨g, θ − θ0⟩ of the gradients that are there, without the loss scale that they carry under fp16."""
+    slope, scale = anchor.slope(), anchor.backend.grad_scale()
+    return slope if scale is None else slope / scale.to(slope.device)
 
 
 def _labels(data: Any) -> list[Any] | None:
