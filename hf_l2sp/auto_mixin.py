@@ -126,9 +126,7 @@ class L2SPAutoMixin:
     def _l2sp_check_auto(self) -> None:
         assert self.l2sp_anchor is not None
         cause = None
-        if self.l2sp_anchor.backend.steps_in_backward:
-            cause = "DeepSpeed, which takes every gradient for one to train on"
-        elif (getattr(self.model, "tp_size", None) or 1) > 1:  # type: ignore[attr-defined]
+        if (getattr(self.model, "tp_size", None) or 1) > 1:  # type: ignore[attr-defined]
             cause = "tensor parallelism, where processes share rows"
         elif any(entry.starts for entry in self.l2sp_anchor.active_low_rank()):
             cause = "adapters that begin with part of the base weight (PiSSA and its like)"
@@ -186,10 +184,9 @@ class L2SPAutoMixin:
             inputs = self._prepare_inputs(batch)  # type: ignore[attr-defined]
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 loss: Tensor = self.compute_loss(model, inputs)  # type: ignore[attr-defined]
-            loss = loss.mean()  # DataParallel gives one per device
-            scale = anchor.backend.grad_scale()
-            (loss if scale is None else loss * scale.to(loss.device)).backward()
-        slope, squared = _slope_unscaled(anchor), anchor.apply(0.0, gradient=False).total
+            # DataParallel gives one per device.
+            slope = anchor.backend.measured(loss.mean(), lambda: _slope_unscaled(anchor))
+        squared = anchor.apply(0.0, gradient=False).total
         model.zero_grad()
         if anchor.backend.processes > 1 and not anchor.backend.sharded:
             # Whether the gradients were averaged already depends on the wrapper; the mean is right either way.

@@ -204,7 +204,8 @@ class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpol
             warn_if_head_ignores_item_count(self, super().compute_loss, model, inputs, args, kwargs)  # type: ignore[misc]
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if not model.training or self._l2sp_decoupled:
+        # DeepSpeed's engine hands eval() on to the model and says itself that it trains, always.
+        if not unwrap(model).training or self._l2sp_decoupled:
             return result
         self._l2sp_prepare_anchor()
         assert self.l2sp_anchor is not None

@@ -1,8 +1,9 @@
-"""λ found on two processes is the one found on one, whatever is sharded; DeepSpeed is refused."""
+"""λ found on two processes is the one found on one, whatever is sharded, and measuring changes nothing."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hf_l2sp.auto import SMALLEST
 
@@ -11,20 +12,18 @@ from .test_backends import needs_equal_task, relative_error
 pytestmark = pytest.mark.distributed
 
 
-def test_deepspeed_is_refused_on_every_rank(launch):
-    if not launch.by_deepspeed:
-        pytest.skip("gradients can be measured here")
-    for outcome in launch.outcomes:
-        assert "l2sp_schedule='auto' does not work with DeepSpeed" in outcome["auto"]
-
-
 def test_strength_is_that_of_one_process(launch, single):
-    if launch.by_deepspeed:
-        pytest.skip("refused")
     first, second = (outcome["auto"] for outcome in launch.outcomes)
     assert first == second and len(first) == 12
     expected = single.outcomes[0]["auto"]
     assert expected[0] == SMALLEST and len(set(expected)) > 3
+    rounding = 3e-2 if launch.backend.endswith("16") else 1e-3
+    assert first == pytest.approx(expected, rel=rounding, abs=1e-9)
     needs_equal_task(launch)
-    assert first == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert relative_error(launch.weights("auto"), single.weights("auto")) < 1e-4
+
+
+def test_measuring_leaves_nothing_behind(launch):
+    """With a rule that says what it was told, the weights are those of a constant λ, bit for bit."""
+    measured, expected = launch.weights("measured"), launch.weights("not_measured")
+    assert all(torch.equal(value, expected[name]) for name, value in measured.items())

@@ -181,3 +181,10 @@ def test_state_is_written_once_and_whole(launch, single):
     state = (launch.folder / "whole" / "l2sp_state.json").read_text()
     assert state.count('"fingerprint"') == 1
     assert not list((launch.folder / "whole").glob(".l2sp_state*"))
+
+
+def test_evaluation_without_training_is_the_plain_trainers(launch):
+    """The penalty is no part of it; where plain Trainer refuses, so does L2-SP's."""
+    for outcome in launch.outcomes:
+        plain, found = outcome["evaluated"]
+        assert plain == found

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -92,6 +93,7 @@ from transformers import (  # noqa: E402
 )
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, held_out  # noqa: E402
+from hf_l2sp.auto import SMALLEST, AutoStrength  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
 
 
@@ -175,6 +177,7 @@ def run(
     rows: int = 24,
     resume: str | None = None,
     lora: bool | str = False,
+    evaluate: bool = False,
     **changes: Any,
 ) -> Trainer:
     l2sp = issubclass(cls, L2SPTrainer)
@@ -184,7 +187,7 @@ def run(
         **{k: v for k, v in changes.items() if l2sp or not k.startswith("l2sp_")},
     )
     model = with_lora(load(), lora) if lora else load()
-    trainer = cls(model=model, args=args, train_dataset=data(rows))
+    trainer = cls(model=model, args=args, train_dataset=data(rows), eval_dataset=data(10) if evaluate else None)
     trainer.train(resume_from_checkpoint=resume)
     if lora:
         return trainer
@@ -216,6 +219,16 @@ def choose(trainer: Trainer) -> dict[str, Any]:
 
 def found_strengths(trainer: Trainer) -> list[float]:
     return [log["l2sp_lambda"] for log in trainer.state.log_history if "l2sp_lambda" in log]
+
+
+def evaluated(cls: type[Trainer]) -> float | str:
+    """Before any training, when DeepSpeed's engine is made for the evaluation."""
+    args = arguments(L2SPTrainingArguments if cls is L2SPTrainer else TrainingArguments, "evaluated")
+    trainer = cls(model=load(), args=args, eval_dataset=data(9))
+    try:
+        return trainer.evaluate()["eval_loss"]
+    except ValueError as error:
+        return str(error)
 
 
 def error_of(function: Callable[[], Any]) -> str:
@@ -276,11 +289,12 @@ def main() -> None:
     if resumes and not BACKEND.startswith("zero"):
         run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
     auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 2}
-    if BACKEND.startswith("zero"):
-        outcome["auto"] = error_of(lambda: run("refused", **auto))
-    else:
-        held_out.BUDGET = 1.0  # enough for the same rows to be measured, however many processes share them
-        outcome["auto"] = found_strengths(run("auto", **auto))
+    held_out.BUDGET = 1.0  # enough for the same rows to be measured, however many processes share them
+    outcome["auto"] = found_strengths(run("auto", **auto))
+    with mock.patch.object(AutoStrength, "update", lambda self, *slopes: self.value):
+        run("measured", evaluate=True, **auto)
+    run("not_measured", evaluate=True, **(auto | {"l2sp_schedule": "constant", "l2sp_lambda": SMALLEST}))
+    outcome["evaluated"] = [evaluated(cls) for cls in (Trainer, L2SPTrainer)]
     whole_on_each = BACKEND in ("single", "ddp")
     if whole_on_each:
         outcome["weighed"] = logs(run("weighed", l2sp_fisher_samples=9, **train))
