@@ -14,7 +14,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import LARGEST, SMALLEST, AutoStrength
-from hf_l2sp.held_out import EARLY_RELEASE, RELEASE, HeldOutSampler, Portions, hold_out
+from hf_l2sp.held_out import CATCH_UP, EARLY_RELEASE, RELEASE, HeldOutSampler, Portions, hold_out
 
 from .helpers import quick
 
@@ -136,7 +136,7 @@ def test_state_survives_json():
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [8, 9, 24, 100, 1000])
+@pytest.mark.parametrize("rows", [20, 21, 24, 100, 1000])
 @pytest.mark.parametrize("classes", [None, 3])
 def test_held_out_rows(rows, classes):
     labels = None if classes is None else [row % classes for row in range(rows)]
@@ -154,7 +154,7 @@ def test_rows_that_are_the_only_ones_of_their_class_are_kept():
     labels = list(range(18)) + [0, 1]
     held = hold_out(20, 100, 1, labels)
     assert {labels[row] for row in held.stand_ins} <= {0, 1}
-    assert not hold_out(7, 100, 1).stand_ins
+    assert not hold_out(19, 100, 1).stand_ins
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -169,10 +169,14 @@ def test_sampler(early):
         drawn += list(sampler)
     release = round((EARLY_RELEASE if early else RELEASE) * rows * epochs)
     assert not set(held.stand_ins) & set(drawn[:release])
+    both = set(held.stand_ins) | set(held.stand_ins.values())
     counts = Counter(drawn)
-    assert all(counts[row] > 0 for row in range(rows))
-    others = set(range(rows)) - set(held.stand_ins) - set(held.stand_ins.values())
-    assert all(counts[row] == epochs for row in others) and len(drawn) == rows * epochs
+    assert all(counts[row] == epochs for row in set(range(rows)) - both) and len(drawn) == rows * epochs
+    # An early release leaves time to make up for what they have missed.
+    share = EARLY_RELEASE if early else RELEASE
+    missed = epochs * (share - CATCH_UP * (1 - share))
+    assert all(abs(counts[row] - epochs) <= missed + 1 for row in both) and (missed < 1) == early
+    assert all(drawn[-rows:].count(row) == 1 for row in range(rows))
     assert len(sampler) == rows and sampler.data_source == range(rows)
 
 
@@ -182,7 +186,7 @@ def test_measuring_keeps_within_its_budget(batch, steps, rows, share, processes)
     portions = Portions.plan(rows, batch, steps, share, processes)
     due = [step for step in range(steps) if portions.due(step)]
     measured = len(due) * portions.rows * processes
-    assert measured <= 0.1 * batch * steps + portions.rows * processes
+    assert measured <= 0.09 * batch * steps + portions.rows * processes
     assert due and math.ceil(0.2 * steps) <= min(due) and max(due) < math.ceil(share * steps)
     seen = {p for step in due for rank in range(processes) for p in portions.positions(step, rows, rank, processes)}
     assert seen <= set(range(rows)) and (len(seen) == rows or measured < rows)
@@ -279,7 +283,7 @@ def test_both_slopes_are_taken_at_the_same_weights(make, classification_data, mo
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 1e-3,
         "l2sp_exclude": ["embeddings"],
-        "max_steps": 8,
+        "max_steps": 12,
     }
     trainer = make(dropout=0.0, eval_dataset=classification_data[:5], **settings)
     micro, steps = [], trainer.training_step
