@@ -19,7 +19,7 @@ from .identity import EntrySums, tensor_sums
 from .penalty import PenaltySums, Term
 from .plan import Plan, PlanEntry, build_plan
 from .provenance import Provenance, examine
-from .slope import slope
+from .slope import Slope, slope
 from .source import SourceWeights, load_source, mapped_source
 from .storage import Storage, narrowed
 
@@ -403,8 +403,8 @@ class Anchor(Mapping[str, Tensor]):
         more = apply_low_rank(low_rank, self.backend, coefficient, gradient)
         return PenaltySums(*(torch.cat([a.to(b), b]) for a, b in zip(sums, more, strict=True)))
 
-    def slope(self) -> Tensor:
-        """⟨∇L, θ − θ0⟩ from the live gradients, over all that is pulled and all ranks. Shape: []."""
+    def slope(self) -> Slope:
+        """⟨∇L, θ − θ0⟩ from the live gradients, and Σ w‖θ − θ0‖²; over all that is pulled, and all ranks."""
         return slope(self.terms(), self.active_low_rank(), self.backend)
 
     def new_terms(self) -> list[Term]:

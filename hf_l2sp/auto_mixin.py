@@ -29,6 +29,7 @@ from .traceless import own_metrics, own_randomness
 
 if TYPE_CHECKING:
     from .anchor import Anchor
+    from .slope import Slope
 
 logger = logging.get_logger(__name__)
 
@@ -164,7 +165,7 @@ class L2SPAutoMixin:
             return
         (held, squared), self._l2sp_held = self._l2sp_held, None
         assert self.l2sp_anchor is not None
-        self._l2sp_auto.update(held, float(_slope_unscaled(self.l2sp_anchor)), squared)
+        self._l2sp_auto.update(held, float(_slope_unscaled(self.l2sp_anchor).along), squared)
 
     def _l2sp_decision_step(self, steps: int) -> int:
         """Where it is decided whether to release early: before the loader, which reads ahead, has come that far."""
@@ -185,8 +186,7 @@ class L2SPAutoMixin:
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 loss: Tensor = self.compute_loss(model, inputs)  # type: ignore[attr-defined]
             # DataParallel gives one per device.
-            slope = anchor.backend.measured(loss.mean(), lambda: _slope_unscaled(anchor))
-        squared = anchor.apply(0.0, gradient=False).total
+            slope, squared = anchor.backend.measured(loss.mean(), lambda: _slope_unscaled(anchor))
         model.zero_grad()
         if anchor.backend.processes > 1 and not anchor.backend.sharded:
             # Whether the gradients were averaged already depends on the wrapper; the mean is right either way.
@@ -194,10 +194,10 @@ class L2SPAutoMixin:
         return float(slope), float(squared)
 
 
-def _slope_unscaled(anchor: Anchor) -> Tensor:
-    """⟨g, θ − θ0⟩ of the gradients that are there, without the loss scale that they carry under fp16."""
+def _slope_unscaled(anchor: Anchor) -> Slope:
+    """Of the gradients that are there, without the loss scale that they carry under fp16."""
     slope, scale = anchor.slope(), anchor.backend.grad_scale()
-    return slope if scale is None else slope / scale.to(slope.device)
+    return slope if scale is None else slope._replace(along=slope.along / scale.to(slope.along.device))
 
 
 def _labels(data: Any) -> list[Any] | None:

@@ -244,7 +244,16 @@ def test_slope_is_that_of_autograd(classifier, classification_data):
     share = torch.ones((), dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(share), share)
     model(**batch).loss.backward()
-    assert math.isclose(float(anchor.slope()), float(expected), rel_tol=1e-9) and abs(expected) > 1e-3
+    found = anchor.slope()
+    assert math.isclose(float(found.along), float(expected), rel_tol=1e-9) and abs(expected) > 1e-3
+    # A parameter without a gradient is as far from θ0 as it is.
+    model.bert.encoder.layer[0].output.dense.weight.grad = None
+    squared = sum(
+        (2.0 if "layer.0" in name else 1.0) * float((end[name] - value).square().sum())
+        for name, value in start.items()
+    )
+    assert math.isclose(float(found.squared), squared, rel_tol=1e-9)
+    assert math.isclose(float(anchor.slope().squared), squared, rel_tol=1e-9) and anchor.slope().along != found.along
 
 
 def test_rows_without_a_pretrained_value_are_left_out(tiny_bert_dir):
@@ -255,7 +264,7 @@ def test_rows_without_a_pretrained_value_are_left_out(tiny_bert_dir):
     with torch.no_grad():
         table += 1.0
     table.grad = torch.ones_like(table)
-    assert math.isclose(float(anchor.slope()), 100 * table.shape[1], rel_tol=1e-5)
+    assert math.isclose(float(anchor.slope().along), 100 * table.shape[1], rel_tol=1e-5)
 
 
 def test_measuring_leaves_nothing_behind(make, classification_data, monkeypatch):
@@ -292,7 +301,7 @@ def test_both_slopes_are_taken_at_the_same_weights(make, classification_data, mo
         model.zero_grad()
         for batch in batches:
             (model(**batch).loss / len(batches)).backward()
-        return float(trainer.l2sp_anchor.slope())
+        return float(trainer.l2sp_anchor.slope().along)
 
     def training_step(model, inputs, *args, **kwargs):
         micro.append({key: value.clone() for key, value in inputs.items()})
