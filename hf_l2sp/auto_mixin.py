@@ -105,7 +105,16 @@ class L2SPAutoMixin:
     def _l2sp_batch(self) -> int:
         """Rows per optimizer step, over all processes."""
         per_step = self._train_batch_size or self.args.train_batch_size  # type: ignore[attr-defined]
-        return int(per_step * self.args.gradient_accumulation_steps * max(1, self.args.world_size))
+        return int(per_step * self.args.gradient_accumulation_steps * self._l2sp_row_share()[1])
+
+    def _l2sp_row_share(self) -> tuple[int, int]:
+        """Which of how many groups of processes this one is in; those of a group are given the same rows."""
+        alike = self._l2sp_shared("tp")
+        return self.args.process_index // alike, max(1, self.args.world_size // alike)
+
+    def _l2sp_shared(self, kind: str) -> int:
+        """Size of a dimension of parallelism; transformers 4 has none."""
+        return int(getattr(self, f"get_{kind}_size", lambda: 1)())
 
     # --- a training's course ----------------------------------------------------------------------------------------
 
@@ -127,8 +136,8 @@ class L2SPAutoMixin:
     def _l2sp_check_auto(self) -> None:
         assert self.l2sp_anchor is not None
         cause = None
-        if (getattr(self.model, "tp_size", None) or 1) > 1:  # type: ignore[attr-defined]
-            cause = "tensor parallelism, where processes share rows"
+        if self._l2sp_shared("cp") * self._l2sp_shared("sp") > 1:
+            cause = "processes that share the tokens of a text (context and sequence parallelism)"
         elif any(entry.starts for entry in self.l2sp_anchor.active_low_rank()):
             cause = "adapters that begin with part of the base weight (PiSSA and its like)"
         if cause is not None:
@@ -144,7 +153,7 @@ class L2SPAutoMixin:
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def _l2sp_measure_auto(self, auto: AutoStrength, rows: _Rows) -> None:
-        step, steps, processes = self.state.global_step, self.state.max_steps, max(1, self.args.world_size)
+        step, steps, (process, processes) = self.state.global_step, self.state.max_steps, self._l2sp_row_share()
         count = len(rows.indices)
         if self._l2sp_portions is None:
             share = 1.0 if rows.held is None else RELEASE
@@ -156,7 +165,7 @@ class L2SPAutoMixin:
         portions = self._l2sp_portions
         if not portions.due(step):
             return
-        positions = portions.positions(step, count, self.args.process_index, processes)
+        positions = portions.positions(step, count, process, processes)
         self._l2sp_held = self._l2sp_slope(rows.batch(positions, self.args.seed + step))
 
     def _l2sp_update_auto(self) -> None:

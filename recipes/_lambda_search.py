@@ -55,7 +55,7 @@ def run_search(parser: RecipeParser, argv: list[str] | None, task: Task) -> None
     model_args, data_args, search_args, *rest = parser.parse(argv)
     settings = rest[-1]
     # Refused, not left out, where somebody asks for it.
-    works = settings["l2sp_mode"] == "loss" and sharding() != "DeepSpeed"
+    works = settings["l2sp_mode"] == "loss"
     search_args.schedules = search_args.schedules or (["constant", "auto"] if works else ["constant"])
     make_run = functools.partial(SearchRun, points=points_of(search_args))
     run_parsed((model_args, data_args, *rest), task, make_run)

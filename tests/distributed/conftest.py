@@ -92,7 +92,7 @@ def single(tmp_path_factory) -> Launch:
     return start("single", tmp_path_factory.mktemp("single"), 1)
 
 
-BACKENDS = ["ddp", "fsdp1", "fsdp2", "fsdp2-ram", "sharded-load", "zero0", "zero1", "zero2", "zero3"]
+BACKENDS = ["ddp", "fsdp1", "fsdp2", "fsdp2-ram", "sharded-load", "tp", "zero0", "zero1", "zero2", "zero3"]
 BACKENDS += ["zero2-offload", "zero3-offload", "zero1-bf16", "zero2-bf16", "zero3-bf16", "zero2-fp16"]
 
 
@@ -101,6 +101,6 @@ def launch(request, tmp_path_factory) -> Launch:
     backend = request.param
     if backend.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (an extra: pip install 'hf-l2sp[deepspeed]')")
-    if backend == "sharded-load" and importlib.util.find_spec("transformers.distributed") is None:
+    if backend in ("sharded-load", "tp") and importlib.util.find_spec("transformers.distributed") is None:
         pytest.skip("this version of transformers does not shard models while it loads them")
     return start(backend, tmp_path_factory.mktemp(backend), 2)

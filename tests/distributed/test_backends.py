@@ -22,6 +22,7 @@ NAMES = {
     "fsdp2": "FSDP2Backend",
     "fsdp2-ram": "FSDP2Backend",
     "sharded-load": "DTensorBackend",
+    "tp": "DTensorBackend",
 }
 
 
@@ -125,6 +126,11 @@ def test_anchor_takes_its_share_of_memory(launch, single):
     parts = [outcome["nbytes"] for outcome in launch.outcomes]
     if launch.backend in ("ddp", "zero0"):  # nothing is sharded
         assert parts == [whole, whole]
+        return
+    if (
+        launch.backend == "tp"
+    ):  # what is split, the two linear layers of each of two feed-forward blocks, without a bias
+        assert parts == [whole - 4 * 2 * (2 * 32 * 64 + 64) // 2] * 2
         return
     # Together they hold θ0 once; 16-bit weights are stored as such.
     assert sum(parts) == (whole // 2 if in_half(launch) else whole)

@@ -56,6 +56,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "single": {"use_cpu": True},
     "ddp": {"use_cpu": True},
     "sharded-load": {"use_cpu": True},
+    "tp": {},
     "fsdp1": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP1},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, **WRAP}},
     "fsdp2-ram": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True, **WRAP}},
@@ -72,7 +73,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero1-bf16": zero(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) | {"bf16": True},
 }
 
-if BACKEND.startswith(("fsdp", "zero")):
+if BACKEND.startswith(("fsdp", "zero", "tp")):
     as_if_on_gpu()
 if BACKEND.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -98,7 +99,8 @@ from hf_l2sp.naming import canonical_name  # noqa: E402
 
 
 def arguments(cls: type[TrainingArguments], name: str, **changes: Any) -> TrainingArguments:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # With tensor parallelism both processes take the same rows.
+    world = 1 if BACKEND == "tp" else int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state()  # each trainer is launched anew
     settings: dict[str, Any] = {
         "output_dir": str(FOLDER / name),
@@ -123,6 +125,12 @@ def load(folder: Path = FOLDER / "pretrained") -> PreTrainedModel:
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=2)
+    if BACKEND == "tp":
+        from transformers.distributed import DistributedConfig
+
+        layer = "bert.encoder.layer.*"
+        plan = {f"{layer}.intermediate.dense": "colwise", f"{layer}.output.dense": "rowwise"}
+        options["distributed_config"] = DistributedConfig(tp_size=2, tp_plan=plan)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **options)
     model.accepts_loss_kwargs = False  # its head ignores the number of items
     for name, parameter in model.named_parameters():
@@ -259,7 +267,7 @@ def main() -> None:
     train = {"l2sp_lambda": LAM, "max_grad_norm": 0.5, "l2sp_beta": 0.1, "l2sp_exclude": ["LayerNorm"]}
     # transformers cannot resume a model that was sharded while it was loaded, and refuses to write checkpoints.
     # With efficient loading PyTorch misses frozen parameters when it saves the optimizer, whatever the trainer.
-    resumes = BACKEND not in ("sharded-load", "fsdp2-ram")
+    resumes = BACKEND not in ("sharded-load", "tp", "fsdp2-ram")
     saving = {"save_strategy": "steps", "save_steps": 3} if resumes else {}
     whole = run("whole", **saving, **train)
     report = whole.l2sp_drift_report()
@@ -304,7 +312,7 @@ def main() -> None:
         outcome["chosen"] = error_of(lambda: choose(whole))
     settings = {"l2sp_lambda": LAM, "learning_rate": 1e-2, "max_grad_norm": 0.5}
     # PEFT neither copies nor decomposes a weight that is sharded already.
-    starts = () if BACKEND == "sharded-load" else (True, "pissa")
+    starts = () if BACKEND in ("sharded-load", "tp") else (True, "pissa")
     outcome["lora"] = {str(start): logs(run("lora", lora=start, **settings)) for start in starts}
     run("zero", l2sp_lambda=0.0)
     run("plain", Trainer, **saving)
