@@ -442,3 +442,25 @@ def test_a_stream_needs_an_evaluation_set(make, classification_data):
 def test_without_strength_there_is_nothing_to_find():
     with pytest.raises(ValueError, match="l2sp_schedule='auto' has no effect with l2sp_lambda=0"):
         L2SPTrainingArguments("out", l2sp_schedule="auto", l2sp_lambda=0.0)
+
+
+def test_the_loss_scale_does_not_enter(make):
+    """The scale is a power of two, with which float32 gradients are scaled and unscaled exactly."""
+    runs = []
+    for scale in (None, 2.0**10):
+        trainer = make(f"scale-{scale}", learning_rate=5e-3, max_grad_norm=0.5)
+        if scale is not None:
+            trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            clip = trainer.accelerator.clip_grad_norm_
+
+            def unscaled_clip(*args, trainer=trainer, scaler=scaler, clip=clip):  # as accelerate does on a GPU
+                scaler.unscale_(trainer.optimizer.optimizer)
+                return clip(*args)
+
+            trainer.accelerator.clip_grad_norm_ = unscaled_clip
+        trainer.train()
+        runs.append(trainer)
+    plain, scaled = runs
+    assert len(set(strengths(plain))) > 4 and max(strengths(plain)) > 1e-3
+    assert strengths(scaled) == pytest.approx(strengths(plain), rel=1e-6)
+    assert scaled._l2sp_auto.held == pytest.approx(plain._l2sp_auto.held, rel=1e-6)
