@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
 from _paired import paired, paired_in_groups  # noqa: E402  # isort: skip
 from _quality_rivals import AdamSPD, RecAdam, freeze_below, layer_groups, with_pretrained  # noqa: E402  # isort: skip
-from _quality_summary import beside_oracle, by_method, strengths  # noqa: E402  # isort: skip
+from _quality_summary import beside_oracle, by_method, overall, strengths  # noqa: E402  # isort: skip
 
 RATE = 0.05
 
@@ -133,6 +133,14 @@ def test_oracle_is_the_best_constant_strength_zero_among_them():
     assert first["oracle"]["f1_macro"] == {"auto_adds": pytest.approx(-0.04), "error": None, "draws": 1}
     (found,) = strengths(RUNS)
     assert found["lambda"] == pytest.approx([0.3, 0.1]) and found["rows"] == [24, 24]
+
+
+def test_mean_over_all_cells_weighs_each_the_same():
+    others = [entry("plain", 1, 0.5, 2.0, data="e"), entry("auto", 1, 0.3, 2.5, data="e")]
+    found = overall(RUNS + others + [entry("plain", 1, 0.5, 2.0, data="without")])
+    assert found["cells"] == 2 and found["f1_macro"]["mean"] == pytest.approx((0.04 - 0.2) / 2)
+    assert found["nll"]["mean"] == pytest.approx((-0.35 + 0.5) / 2)
+    assert found["f1_macro"]["low"] == pytest.approx(-0.2) and not overall(RUNS[:3])
 
 
 def test_intervals_cover_what_they_should():

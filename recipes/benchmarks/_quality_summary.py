@@ -93,6 +93,15 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
     return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
 
 
+def overall(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What auto adds to plain in the mean over all data sets and shots; intervals as in `by_method`."""
+    cells = [cell for cell in cells_of(runs).values() if "auto" in cell]
+    if not cells:
+        return {}
+    groups = {score: [beside(cell["auto"], cell["plain"], score) for cell in cells] for score in SHOWN}
+    return {"cells": len(cells), **{score: paired_in_groups(found) for score, found in groups.items()}}
+
+
 def strengths(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per data set and shots: λ of auto in the second half of training, in the mean over steps, by draw.
 
@@ -119,5 +128,6 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "shots": shots,
         "methods": by_method(runs, shots),
         "oracle": beside_oracle(runs),
+        "overall": overall(runs),
         "strengths": strengths(runs),
     }

@@ -227,6 +227,9 @@ def oracle() -> str:
         cells = [texts, str(row["draws"]), *scores, added(row["plain"])]
         cells += [best, added(row["oracle"])] if searched else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    mean = read_results("quality.json")["summary"]["overall"]
+    shown = [f"{mean[score]['mean']:+.3f} [{mean[score]['low']:+.3f}, {mean[score]['high']:+.3f}]" for score in SHOWN]
+    lines.append(f"| mean of the {mean['cells']} rows [95 %] | | | | {' / '.join(shown)} | | |")
     lines.append(
         "\nmacro-F1 / NLL; differences with their standard error over the draws. The best λ of the grid, 0 among it, "
         "is chosen by macro-F1 *on the test texts*, on the draws in brackets, which no search can do."
