@@ -87,8 +87,10 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
                 error = statistics.stdev(added) / len(added) ** 0.5 if len(added) > 1 else None
                 row[name][score] = {"auto_adds": statistics.mean(added), "error": error, "draws": len(added)}
         for score in SHOWN:
-            row[score] = {"plain": spread([scores[score] for scores in plain.values()])["mean"]}
-            row[score]["auto"] = spread([scores[score] for scores in auto.values()])["mean"]
+            row[score] = {
+                name: statistics.mean(found[seed][score] for seed in auto if seed in plain)
+                for name, found in (("plain", plain), ("auto", auto))
+            }
         rows.append(row)
     return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
 
