@@ -113,7 +113,7 @@ class L2SPAutoMixin:
         return self.args.process_index // alike, max(1, self.args.world_size // alike)
 
     def _l2sp_shared(self, kind: str) -> int:
-        """Size of a dimension of parallelism; transformers 4 has none."""
+        """Size of a dimension of parallelism; 1 where this version of transformers does not know it."""
         return int(getattr(self, f"get_{kind}_size", lambda: 1)())
 
     # --- a training's course ----------------------------------------------------------------------------------------

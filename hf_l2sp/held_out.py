@@ -23,8 +23,7 @@ BURN_IN = 0.2
 BUDGET = 0.09
 # Rows of an evaluation set that are looked at, by turns.
 EVALUATION_ROWS = 64
-# With fewer training rows there are none to hold out: what three rows say of λ is worse than not to ask
-# (recipes/benchmarks/results/quality.json, two classes of 8).
+# Of fewer training rows none are held out: three rows do not tell a λ.
 FEWEST_ROWS = 20
 
 

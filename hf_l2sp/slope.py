@@ -55,9 +55,10 @@ def slope(terms: Sequence[Term], low_rank: Sequence[LowRankEntry], backend: Back
         backend: Where parameters and gradients live.
     """
     ups = [Term(product.up, None) for entry in low_rank for product in entry.adapted.active().values()]
-    along, squared = (_sharded if backend.sharded else _whole)(terms, backend)
+    find = _sharded if backend.sharded else _whole
+    along, squared = find(terms, backend)
     if ups:
-        along = along + (_sharded if backend.sharded else _whole)(ups, backend).along.to(along)
+        along = along + find(ups, backend).along.to(along)
         squared = squared + apply_low_rank(low_rank, backend, 0.0, gradient=False).total.to(squared)
     return Slope(along, squared)
 

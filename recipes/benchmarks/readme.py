@@ -218,7 +218,8 @@ def oracle() -> str:
             shown.append(f"{found[score]['auto_adds']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
         return " / ".join(shown)
 
-    for row in read_results("quality.json")["summary"]["oracle"]:
+    summary = read_results("quality.json")["summary"]
+    for row in summary["oracle"]:
         scores = [" / ".join(f"{row[score][name]:.3f}" for score in SHOWN) for name in ("plain", "auto")]
         texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
         searched = len(row["grid"]) > 1
@@ -227,7 +228,7 @@ def oracle() -> str:
         cells = [texts, str(row["draws"]), *scores, added(row["plain"])]
         cells += [best, added(row["oracle"])] if searched else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    mean = read_results("quality.json")["summary"]["overall"]
+    mean = summary["overall"]
     shown = [f"{mean[score]['mean']:+.3f} [{mean[score]['low']:+.3f}, {mean[score]['high']:+.3f}]" for score in SHOWN]
     lines.append(f"| mean of the {mean['cells']} rows [95 %] | | | | {' / '.join(shown)} | | |")
     lines.append(

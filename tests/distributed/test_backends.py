@@ -127,9 +127,8 @@ def test_anchor_takes_its_share_of_memory(launch, single):
     if launch.backend in ("ddp", "zero0"):  # nothing is sharded
         assert parts == [whole, whole]
         return
-    if (
-        launch.backend == "tp"
-    ):  # what is split, the two linear layers of each of two feed-forward blocks, without a bias
+    if launch.backend == "tp":
+        # Split are the two linear layers of each of two feed-forward blocks, but for the second one's bias.
         assert parts == [whole - 4 * 2 * (2 * 32 * 64 + 64) // 2] * 2
         return
     # Together they hold θ0 once; 16-bit weights are stored as such.

@@ -73,6 +73,13 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero1-bf16": zero(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) | {"bf16": True},
 }
 
+# Models that are cut up while they are loaded.
+FEED_FORWARD = {"intermediate.dense": "colwise", "output.dense": "rowwise"}
+LOADED_IN_PARTS: dict[str, dict[str, Any]] = {
+    "sharded-load": {"fsdp_size": 2},
+    "tp": {"tp_size": 2, "tp_plan": {f"bert.encoder.layer.*.{name}": way for name, way in FEED_FORWARD.items()}},
+}
+
 if BACKEND.startswith(("fsdp", "zero", "tp")):
     as_if_on_gpu()
 if BACKEND.startswith("zero"):
@@ -121,16 +128,10 @@ def arguments(cls: type[TrainingArguments], name: str, **changes: Any) -> Traini
 
 def load(folder: Path = FOLDER / "pretrained") -> PreTrainedModel:
     options: dict[str, Any] = {}
-    if BACKEND == "sharded-load":
+    if BACKEND in LOADED_IN_PARTS:
         from transformers.distributed import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(fsdp_size=2)
-    if BACKEND == "tp":
-        from transformers.distributed import DistributedConfig
-
-        layer = "bert.encoder.layer.*"
-        plan = {f"{layer}.intermediate.dense": "colwise", f"{layer}.output.dense": "rowwise"}
-        options["distributed_config"] = DistributedConfig(tp_size=2, tp_plan=plan)
+        options["distributed_config"] = DistributedConfig(**LOADED_IN_PARTS[BACKEND])
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **options)
     model.accepts_loss_kwargs = False  # its head ignores the number of items
     for name, parameter in model.named_parameters():
@@ -267,7 +268,7 @@ def main() -> None:
     train = {"l2sp_lambda": LAM, "max_grad_norm": 0.5, "l2sp_beta": 0.1, "l2sp_exclude": ["LayerNorm"]}
     # transformers cannot resume a model that was sharded while it was loaded, and refuses to write checkpoints.
     # With efficient loading PyTorch misses frozen parameters when it saves the optimizer, whatever the trainer.
-    resumes = BACKEND not in ("sharded-load", "tp", "fsdp2-ram")
+    resumes = BACKEND not in (*LOADED_IN_PARTS, "fsdp2-ram")
     saving = {"save_strategy": "steps", "save_steps": 3} if resumes else {}
     whole = run("whole", **saving, **train)
     report = whole.l2sp_drift_report()
@@ -312,7 +313,7 @@ def main() -> None:
         outcome["chosen"] = error_of(lambda: choose(whole))
     settings = {"l2sp_lambda": LAM, "learning_rate": 1e-2, "max_grad_norm": 0.5}
     # PEFT neither copies nor decomposes a weight that is sharded already.
-    starts = () if BACKEND in ("sharded-load", "tp") else (True, "pissa")
+    starts = () if BACKEND in LOADED_IN_PARTS else (True, "pissa")
     outcome["lora"] = {str(start): logs(run("lora", lora=start, **settings)) for start in starts}
     run("zero", l2sp_lambda=0.0)
     run("plain", Trainer, **saving)
