@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .distill_args import DistillationArguments
 from .distill_terms import check_shapes, counted, counts, distillation_loss, logits_of, with_stand_ins
-from .naming import unwrap
+from .naming import in_training_mode, unwrap
 from .teacher_logits import COLUMN, TeacherLogitsCollator
 from .teachers import Teachers, check_student, check_teacher, find_tokenizer, label_names, load_teacher
 from .trainer import L2SPMixin
@@ -214,7 +214,7 @@ class DistillationMixin:
         cached = inputs[COLUMN] if COLUMN in inputs else None
         if cached is not None:
             inputs = {name: value for name, value in inputs.items() if name != COLUMN}
-        if not self._distill_on or not model.training:
+        if not self._distill_on or not in_training_mode(model):
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .mixup_args import MixupArguments
-from .naming import unwrap
+from .naming import in_training_mode, unwrap
 
 __all__ = ["MixupArguments", "MixupMixin"]
 
@@ -58,7 +58,7 @@ class MixupMixin:
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of the blended rows for a model in training mode; what the trainer that follows computes else."""
-        if self._mixup_on and model.training:
+        if self._mixup_on and in_training_mode(model):
             inputs = self._mixup_inputs(unwrap(model), inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._mixup_paused = True

@@ -1,4 +1,4 @@
-"""Names of parameters that do not depend on how a model is wrapped."""
+"""Names and modes of a model that do not depend on how it is wrapped."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is model:
             return inner
         model = inner
+
+
+def in_training_mode(model: nn.Module) -> bool:
+    """Whether the bare model trains: DeepSpeed's engine hands `eval()` on to it, but says itself that it trains."""
+    return unwrap(model).training
 
 
 def canonical_name(name: str) -> str:

@@ -19,7 +19,7 @@ from .decoupled_mixin import L2SPDecoupledMixin
 from .fisher_mixin import L2SPFisherMixin
 from .heads import warn_if_head_ignores_item_count
 from .launch import check_launch
-from .naming import canonical_name, unwrap
+from .naming import canonical_name, in_training_mode, unwrap
 from .outputs import L2SPOutputs
 from .penalty import l2sp_penalty
 from .plan import Plan
@@ -204,8 +204,7 @@ class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpol
             warn_if_head_ignores_item_count(self, super().compute_loss, model, inputs, args, kwargs)  # type: ignore[misc]
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        # DeepSpeed's engine hands eval() on to the model and says itself that it trains, always.
-        if not unwrap(model).training or self._l2sp_decoupled:
+        if not in_training_mode(model) or self._l2sp_decoupled:
             return result
         self._l2sp_prepare_anchor()
         assert self.l2sp_anchor is not None

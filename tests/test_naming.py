@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
 
-from hf_l2sp.naming import canonical_name, named_float_parameters, unwrap
+from hf_l2sp.naming import canonical_name, in_training_mode, named_float_parameters, unwrap
 
 
 class Compiled(nn.Module):
@@ -79,3 +79,14 @@ def test_tied_gpt2_counts_the_embedding_once(gpt2):
     names = [name for name, _ in named_float_parameters(gpt2)]
     assert "transformer.wte.weight" in names
     assert "lm_head.weight" not in names
+
+
+def test_mode_is_that_of_the_bare_model():
+    """Also where a wrapper says that it trains while the model does not, as DeepSpeed's engine does."""
+    model = small_model()
+    wrapper = nn.DataParallel(model)
+    model.eval()
+    assert wrapper.training and not in_training_mode(wrapper) and not in_training_mode(model)
+    model.train()
+    wrapper.training = False
+    assert in_training_mode(wrapper) and in_training_mode(model)
