@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from hf_l2sp import Anchor, backends, l2sp_penalty
+from hf_l2sp import Anchor, l2sp_penalty
 from hf_l2sp.backends import (
     NOTHING,
     WHOLE,
@@ -35,6 +35,7 @@ from hf_l2sp.backends import (
     FSDP1Backend,
     FSDP2Backend,
     Region,
+    fsdp,
     full_shape,
     loading_whole,
     make_backend,
@@ -254,7 +255,7 @@ def test_parts_of_distributed_tensors(process_group, mesh, placements, shape):
 
 def test_gathered_copies_are_exact(process_group, monkeypatch):
     """A third of a float32 number, three times over, is another number; of a bfloat16 one even more so."""
-    monkeypatch.setattr(backends.dist, "all_reduce", lambda values: values.mul_(3))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.mul_(3))
     for dtype in (torch.float32, torch.bfloat16):
         full = torch.randn(50, 7).to(dtype)
         assert not torch.equal(full / 3 + full / 3 + full / 3, full)
@@ -365,7 +366,7 @@ def test_total_counts_copies_once(process_group):
 
 
 def test_across_ranks_changes_the_value_and_not_the_gradient(process_group, monkeypatch):
-    monkeypatch.setattr(backends.dist, "all_reduce", lambda values: values.mul_(5.0))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.mul_(5.0))
     for _ in each_rank(2):
         value = torch.tensor(2.0, requires_grad=True)
         total = DTensorBackend(accelerator()).across_ranks(value * 3.0)
@@ -407,7 +408,7 @@ def test_what_the_first_rank_finds_holds_for_all(fails, monkeypatch):
     def other() -> str:
         raise AssertionError("only the first rank looks")
 
-    monkeypatch.setattr(backends, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(fsdp, "broadcast_object_list", broadcast)
     for main, look in ((True, find), (False, other)):
         backend = FSDP2Backend(SimpleNamespace(is_main_process=main))
         if fails:

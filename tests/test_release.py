@@ -64,9 +64,9 @@ def wheel(tmp_path) -> Path:
     about = f"hf_l2sp-{VERSION}.dist-info"
     path = tmp_path / "made.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted((ROOT / "hf_l2sp").iterdir()):
+        for file in sorted((ROOT / "hf_l2sp").rglob("*")):
             if file.is_file() and file.suffix != ".pyc":
-                archive.write(file, f"hf_l2sp/{file.name}")
+                archive.write(file, file.relative_to(ROOT))
         head = f"Metadata-Version: 2.4\nName: hf-l2sp\nVersion: {VERSION}\nLicense-Expression: Apache-2.0\n"
         head += "Description-Content-Type: text/markdown\n\n"
         archive.writestr(f"{about}/METADATA", head + (ROOT / "README.md").read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ class _Messages:
 
 @pytest.fixture(scope="module")
 def source() -> _Messages:
-    return _Messages(*(path for folder in ("hf_l2sp", "recipes") for path in sorted((ROOT / folder).glob("*.py"))))
+    return _Messages(*(path for folder in ("hf_l2sp", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))))
 
 
 @pytest.fixture(scope="module")
