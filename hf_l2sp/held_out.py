@@ -20,7 +20,7 @@ CATCH_UP = 0.5
 # Part of the training before which nothing is measured and λ does nothing: next to θ0 a slope is noise.
 BURN_IN = 0.2
 # Rows measured per row trained on, over the whole training.
-BUDGET = 0.09
+BUDGET = 0.08
 # Rows of an evaluation set that are looked at, by turns.
 EVALUATION_ROWS = 64
 # Of fewer training rows none are held out: three rows do not tell a λ.
