@@ -195,7 +195,7 @@ def warnings_of_library() -> Any:
             messages.append(record.getMessage())
 
     handler = _Collect(level=standard_logging.WARNING)
-    names = [f"hf_l2sp.{name}" for name in ("plan", "heads", "state", "trainer", "provenance", "source", "anchor")]
+    names = [f"hf_l2sp.{name}" for name in ("plan", "heads", "state", "trainer", "provenance", "source", "anchor_values")]
     loggers = [standard_logging.getLogger(name) for name in names]
     old = [logger.level for logger in loggers]
     for logger in loggers:
