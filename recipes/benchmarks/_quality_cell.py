@@ -14,7 +14,18 @@ from typing import Any, ClassVar
 
 import torch
 from _bench import embedded_model
-from _labelled import NerSplit, draw_sentences, draw_shots, label_names, read, read_sentences, sample, scores_of
+from _labelled import (
+    NerSplit,
+    draw_sentences,
+    draw_shots,
+    label_names,
+    new_model,
+    passing,
+    read,
+    read_sentences,
+    sample,
+    scores_of,
+)
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +37,6 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    set_seed,
 )
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
@@ -110,12 +120,7 @@ class Cell:
         return Dataset.from_dict({**coded, "labels": [self.names.index(label) for label in split.labels]})
 
     def model(self) -> PreTrainedModel:
-        set_seed(self.seed)
-        model = self.model_class.from_pretrained(
-            embedded_model(), num_labels=len(self.names), id2label=dict(enumerate(self.names))
-        )
-        model.accepts_loss_kwargs = False  # see the recipes
-        return model
+        return new_model(self.names, self.seed, self.model_class)
 
     def fit(
         self,
@@ -139,16 +144,7 @@ class Cell:
         model = self.model() if model is None else model
         train, validation = (self.train, None) if data is None else data
         with tempfile.TemporaryDirectory() as folder:
-            args = L2SPTrainingArguments(
-                output_dir=folder,
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                per_device_eval_batch_size=50,
-                seed=self.seed,
-                save_strategy="no",
-                **{**TRAINING, "logging_steps": 10, **settings},
-            )
+            args = L2SPTrainingArguments(**passing(folder, self.seed), **{**TRAINING, "logging_steps": 10, **settings})
             trainer = trainer_class(
                 model=model,
                 args=args,

@@ -23,16 +23,14 @@ from typing import Any
 
 import torch
 from _bench import RESULTS, embedded_model, environment, read_results, write_results
-from _labelled import SCORES, Split, draw_shots, read, sample, scores_of
+from _labelled import SCORES, Split, draw_shots, new_model, passing, read, sample, scores_of
 from _paired import paired, spread
 from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
-    set_seed,
 )
 from transformers.utils import logging
 
@@ -95,25 +93,11 @@ class Cell:
 
     def _train(self, trainer_class: Any, arguments_class: Any, data: Dataset, seed: int, **changes: Any) -> Trainer:
         names = ("learning_rate", "max_steps", "per_device_train_batch_size", "warmup_steps", "l2sp_lambda")
-        settings = {name: CONFIG[name] for name in names} | {"seed": seed} | changes
+        settings = {name: CONFIG[name] for name in names} | changes
         with tempfile.TemporaryDirectory() as folder:
-            args = arguments_class(
-                output_dir=folder,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                logging_strategy="no",
-                per_device_eval_batch_size=50,
-                **settings,
-            )
-            set_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                embedded_model(), num_labels=len(self.names), id2label=dict(enumerate(self.names))
-            )
-            model.accepts_loss_kwargs = False  # see the recipes
+            args = arguments_class(**passing(folder, seed), logging_strategy="no", **settings)
             trainer = trainer_class(
-                model=model,
+                model=new_model(self.names, seed),
                 args=args,
                 train_dataset=data,
                 processing_class=self.tokenizer,
