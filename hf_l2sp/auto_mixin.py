@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from .auto import AutoStrength
 from .held_out import (
+    BUDGET,
     EARLY_RELEASE,
+    EVALUATION_BUDGET,
     EVALUATION_ROWS,
     FEWEST_ROWS,
     RELEASE,
@@ -156,8 +158,8 @@ class L2SPAutoMixin:
         step, steps, (process, processes) = self.state.global_step, self.state.max_steps, self._l2sp_row_share()
         count = len(rows.indices)
         if self._l2sp_portions is None:
-            share = 1.0 if rows.held is None else RELEASE
-            self._l2sp_portions = Portions.plan(count, self._l2sp_batch(), steps, share, processes)
+            share, budget = (1.0, EVALUATION_BUDGET) if rows.held is None else (RELEASE, BUDGET)
+            self._l2sp_portions = Portions.plan(count, self._l2sp_batch(), steps, share, budget, processes)
         if rows.held is not None and step == self._l2sp_decision_step(steps) and auto.measured:
             rows.held.early = auto.early = auto.has_to_learn
         if rows.held is not None and rows.held.early and step >= EARLY_RELEASE * steps:

@@ -19,8 +19,9 @@ RELEASE = 0.55
 CATCH_UP = 0.5
 # Part of the training before which nothing is measured and λ does nothing: next to θ0 a slope is noise.
 BURN_IN = 0.2
-# Rows measured per row trained on, over the whole training.
-BUDGET = 0.08
+# Rows measured per row trained on, over the whole training: of those held out of it; and of an evaluation set, where
+# every measurement is of fewer rows and the walks over the weights count for more.
+BUDGET, EVALUATION_BUDGET = 0.08, 0.07
 # Rows of an evaluation set that are looked at, by turns.
 EVALUATION_ROWS = 64
 # Of fewer training rows none are held out: three rows do not tell a λ.
@@ -139,20 +140,21 @@ class Portions:
     until: int
 
     @classmethod
-    def plan(cls, rows: int, batch: int, steps: int, share: float, processes: int) -> Portions:
-        """Spreads `BUDGET` over the part of the training from `BURN_IN` to `share`.
+    def plan(cls, rows: int, batch: int, steps: int, share: float, budget: float, processes: int) -> Portions:
+        """Spreads a budget over the part of the training from `BURN_IN` to `share`.
 
         Args:
             rows: Rows there are to measure on.
             batch: Rows per optimizer step, over all processes.
             steps: Optimizer steps of the training.
             share: Part of the steps after which nothing is measured, `BURN_IN` to 1.
+            budget: Rows measured per row trained on.
             processes: Processes that share the rows of a measurement.
         """
         start, until = max(1, math.ceil(BURN_IN * steps)), math.ceil(share * steps)
         # A dozen measurements in a short training, every fourth step, fewer per step in a long one.
         every = max(1, min(4, (until - start) // 12), (until - start) // 60)
-        allowed = BUDGET / (share - BURN_IN) * batch
+        allowed = budget / (share - BURN_IN) * batch
         count = max(1, math.floor(allowed * every / processes))
         count = min(count, max(1, rows // processes))
         return cls(max(every, math.ceil(count * processes / allowed)), count, start, until)

@@ -195,7 +195,8 @@ def warnings_of_library() -> Any:
             messages.append(record.getMessage())
 
     handler = _Collect(level=standard_logging.WARNING)
-    names = [f"hf_l2sp.{name}" for name in ("plan", "heads", "state", "trainer", "provenance", "source", "anchor_values")]
+    modules = ("plan", "heads", "state", "trainer", "provenance", "source", "anchor_values")
+    names = [f"hf_l2sp.{name}" for name in modules]
     loggers = [standard_logging.getLogger(name) for name in names]
     old = [logger.level for logger in loggers]
     for logger in loggers:

@@ -14,7 +14,16 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import LARGEST, SMALLEST, AutoStrength
-from hf_l2sp.held_out import BUDGET, CATCH_UP, EARLY_RELEASE, RELEASE, HeldOutSampler, Portions, hold_out
+from hf_l2sp.held_out import (
+    BUDGET,
+    CATCH_UP,
+    EARLY_RELEASE,
+    EVALUATION_BUDGET,
+    RELEASE,
+    HeldOutSampler,
+    Portions,
+    hold_out,
+)
 
 from .helpers import quick
 
@@ -181,12 +190,12 @@ def test_sampler(early):
 
 
 @pytest.mark.parametrize(("batch", "steps", "rows"), [(16, 80, 11), (1, 30, 5), (16, 4000, 60), (256, 100, 60)])
-@pytest.mark.parametrize(("share", "processes"), [(1.0, 1), (RELEASE, 2)])
-def test_measuring_keeps_within_its_budget(batch, steps, rows, share, processes):
-    portions = Portions.plan(rows, batch, steps, share, processes)
+@pytest.mark.parametrize(("share", "budget", "processes"), [(1.0, EVALUATION_BUDGET, 1), (RELEASE, BUDGET, 2)])
+def test_measuring_keeps_within_its_budget(batch, steps, rows, share, budget, processes):
+    portions = Portions.plan(rows, batch, steps, share, budget, processes)
     due = [step for step in range(steps) if portions.due(step)]
     measured = len(due) * portions.rows * processes
-    assert measured <= BUDGET * batch * steps + portions.rows * processes
+    assert measured <= budget * batch * steps + portions.rows * processes
     assert due and math.ceil(0.2 * steps) <= min(due) and max(due) < math.ceil(share * steps)
     seen = {p for step in due for rank in range(processes) for p in portions.positions(step, rows, rank, processes)}
     assert seen <= set(range(rows)) and (len(seen) == rows or measured < rows)

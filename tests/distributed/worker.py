@@ -100,7 +100,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, held_out  # noqa: E402
+from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, auto_mixin  # noqa: E402
 from hf_l2sp.auto import SMALLEST, AutoStrength  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
 
@@ -298,7 +298,8 @@ def main() -> None:
     if resumes and not BACKEND.startswith("zero"):
         run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
     auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 2}
-    held_out.BUDGET = 1.0  # enough for the same rows to be measured, however many processes share them
+    # Enough for the same rows to be measured, however many processes share them.
+    auto_mixin.BUDGET = auto_mixin.EVALUATION_BUDGET = 1.0
     outcome["auto"] = found_strengths(run("auto", **auto))
     with mock.patch.object(AutoStrength, "update", lambda self, *slopes: self.value):
         run("measured", evaluate=True, **auto)
