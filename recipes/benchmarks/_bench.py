@@ -49,13 +49,13 @@ def read_results(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def in_a_process(script: str, *arguments: str) -> dict[str, Any]:
-    """What a script prints last, as JSON, run in a process whose freed memory goes back at once."""
+def in_a_process(script: str, *arguments: str, given_back: int = 1 << 17) -> dict[str, Any]:
+    """What a script prints last, as JSON, run in a process whose freed memory of so many bytes goes back at once."""
     done = subprocess.run(
         [sys.executable, script, *arguments],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(given_back)},
     )
     return json.loads(done.stdout.splitlines()[-1])
