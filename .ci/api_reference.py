@@ -110,8 +110,7 @@ def _function(name: str, value: Any, level: int, owner: str = "") -> list[str]:
 
 
 def _class(name: str, cls: type, found: dict[Any, str], missing: list[str]) -> list[str]:
-    bases = [found.get(base, base.__name__) for base in cls.__bases__ if base in found or not _is_ours(base)]
-    bases = [base for base in bases if base != "object"]
+    bases = list(dict.fromkeys(_bases(cls, found)))
     head = [f"class {name}({', '.join(bases)})" if bases else f"class {name}"]
     if _has_constructor(cls):
         head.append(_signature(name, cls))
@@ -146,6 +145,15 @@ def _has_constructor(cls: type) -> bool:
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     return _is_ours(own) and not own.__name__.startswith("_") and len(named) > 1
+
+
+def _bases(cls: type, found: dict[Any, str]) -> Iterator[str]:
+    """Names of what a class is built on; of an undocumented base of ours, what that is built on."""
+    for base in cls.__bases__:
+        if _is_ours(base) and base not in found:
+            yield from _bases(base, found)
+        elif base is not object:
+            yield found.get(base, base.__name__)
 
 
 def _members(cls: type, found: dict[Any, str], missing: list[str]) -> Iterator[tuple[str, Any]]:

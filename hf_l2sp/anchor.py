@@ -21,7 +21,7 @@ from .source import SourceWeights, load_source, mapped_source
 from .storage import Storage
 
 
-class Anchor(AnchorValues, Mapping[str, Tensor]):
+class Anchor(AnchorValues):
     """θ0, a read-only mapping from canonical parameter name to tensor, and the plan of who is pulled to it.
 
     Only trainable parameters with a pretrained value are stored; one that is unfrozen later joins with the value
