@@ -24,8 +24,11 @@ BURN_IN = 0.2
 BUDGET, EVALUATION_BUDGET = 0.08, 0.07
 # Rows of an evaluation set that are looked at, by turns.
 EVALUATION_ROWS = 64
-# Of fewer training rows none are held out: three rows do not tell a λ.
-FEWEST_ROWS = 20
+# Of fewer training rows none are held out, and never fewer than this: three rows do not tell a λ.
+FEWEST_ROWS, FEWEST_HELD = 20, 4
+# Of a training in which rows are seen this often a fifth may be held out; in the square less of a shorter one, where
+# rows are hardly learned by heart and miss more by being left out.
+FULL_EPOCHS = 20
 
 
 @dataclass
@@ -58,8 +61,18 @@ class HeldOut:
         return index
 
 
+def _wanted(rows: int, draws: int) -> int:
+    """How many rows to hold out: about 1.2·√rows, and no greater part of them than the number of epochs allows."""
+    if rows < FEWEST_ROWS:
+        return 0
+    most = rows / 5 * min(1.0, draws / rows / FULL_EPOCHS) ** 2
+    return max(FEWEST_HELD, min(math.floor(most), round(1.2 * math.sqrt(rows))))
+
+
 def hold_out(rows: int, draws: int, seed: int, labels: Sequence[Any] | None = None) -> HeldOut:
-    """Chooses about 1.2·√rows rows, at most a fifth, in turn from every class; each gets a stand-in of its class.
+    """Chooses rows in turn from every class; each gets a stand-in of its class.
+
+    They are about 1.2·√rows, at most a fifth of all, and of a training of few epochs fewer, but four at least.
 
     Args:
         rows: Rows of the training set.
@@ -70,7 +83,7 @@ def hold_out(rows: int, draws: int, seed: int, labels: Sequence[Any] | None = No
     Returns:
         The choice; no rows where there are fewer than `FEWEST_ROWS`.
     """
-    wanted = min(rows // 5, round(1.2 * math.sqrt(rows))) if rows >= FEWEST_ROWS else 0
+    wanted = _wanted(rows, draws)
     draw = random.Random(seed)
     classes: dict[Any, list[int]] = defaultdict(list)
     for row in range(rows):
@@ -152,8 +165,8 @@ class Portions:
             processes: Processes that share the rows of a measurement.
         """
         start, until = max(1, math.ceil(BURN_IN * steps)), math.ceil(share * steps)
-        # A dozen measurements in a short training, every fourth step, fewer per step in a long one.
-        every = max(1, min(4, (until - start) // 12), (until - start) // 60)
+        # Every second step of a short training, every fourth of a longer one, sixty times in a long one.
+        every = max(2, min(4, (until - start) // 12), (until - start) // 60)
         allowed = budget / (share - BURN_IN) * batch
         count = max(1, math.floor(allowed * every / processes))
         count = min(count, max(1, rows // processes))

@@ -149,14 +149,22 @@ def test_state_survives_json():
 @pytest.mark.parametrize("classes", [None, 3])
 def test_held_out_rows(rows, classes):
     labels = None if classes is None else [row % classes for row in range(rows)]
-    held = hold_out(rows, 10 * rows, 1, labels)
+    held = hold_out(rows, 20 * rows, 1, labels)
     taken, others = set(held.stand_ins), set(held.stand_ins.values())
     assert 1 <= len(taken) <= rows // 5 and not taken & others and len(others) == len(taken)
-    assert held.stand_ins == hold_out(rows, 10 * rows, 1, labels).stand_ins
+    assert held.stand_ins == hold_out(rows, 20 * rows, 1, labels).stand_ins
     if labels is not None:
         assert all(labels[a] == labels[b] for a, b in held.stand_ins.items())
         counts = Counter(labels[row] for row in taken)
         assert max(counts.values()) - min(counts.values(), default=0) <= 1 or len(counts) < classes
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "held"),
+    [(19, 50, 0), (20, 1, 4), (40, 20, 8), (40, 50, 8), (40, 10, 4), (100, 20, 12), (1000, 3, 4), (1000, 5, 12)],
+)
+def test_fewer_rows_are_held_out_of_few_epochs(rows, epochs, held):
+    assert len(hold_out(rows, rows * epochs, 1).stand_ins) == held
 
 
 def test_rows_that_are_the_only_ones_of_their_class_are_kept():

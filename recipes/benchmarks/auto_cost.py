@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/auto_cost.py [--repeats 3]
 
-MiniLM, 40 steps of 16 × 64 tokens, fp32, AdamW, with 40 and 1,000 training rows, with and without evaluation rows.
-Every run is a process of its own; the time is that inside the measurements of both slopes, against the rest of the
+MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows (20 epochs, of which as many are held out as of
+any training) and with 1,000, with and without evaluation rows; and 20 steps of a BERT base. Every run is a process of its own; the time is that inside the measurements of both slopes, against the rest of the
 training in the same process, so that other load on the machine falls on both. Held-out training rows are released
 late, which takes more measurements than an early release. Memory is the peak of anonymous memory of /proc/self/status,
 hence on Linux only, in processes of their own in which what is freed goes back to the system in small pieces, too: a
@@ -16,22 +16,43 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from _bench import embedded_model, environment, in_a_process, write_results
 from datasets import Dataset
 from memory import MIB, Peak
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import AutoStrength
 
-STEPS, BATCH, LENGTH, CLASSES = 40, 16, 64, 5
+BATCH, LENGTH, CLASSES = 16, 64, 5
 PIECE = 1 << 14
-# Training rows, evaluation rows.
-CASES = {"40 rows": (40, 0), "1000 rows": (1000, 0), "1000 rows, evaluation rows": (1000, 64)}
+
+
+class Case(NamedTuple):
+    """What is trained, and on how much."""
+
+    rows: int
+    evaluation: int = 0
+    steps: int = 50
+    base: bool = False  # a BERT base with random weights instead of MiniLM
+
+    def model(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        if self.base:
+            return BertForSequenceClassification(BertConfig(num_labels=CLASSES))
+        return AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=CLASSES)
+
+
+CASES = {
+    "40 rows": Case(40),
+    "1000 rows": Case(1000),
+    "1000 rows, evaluation rows": Case(1000, evaluation=64),
+    "40 rows, BERT base": Case(40, steps=20, base=True),
+}
 
 
 def random_rows(count: int, seed: int) -> Dataset:
@@ -60,27 +81,26 @@ class TimedTrainer(L2SPTrainer):
 
 def measure(schedule: str, case: str) -> dict[str, Any]:
     """One training."""
-    rows, evaluation = CASES[case]
+    chosen = CASES[case]
     AutoStrength.has_to_learn = property(lambda self: False)  # type: ignore[assignment,method-assign]
     peak = Peak()
     peak.start()
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=CLASSES)
+    model = chosen.model()
     model.accepts_loss_kwargs = False
     with tempfile.TemporaryDirectory() as folder:
         args = L2SPTrainingArguments(
             output_dir=folder,
             l2sp_schedule=schedule,
             learning_rate=2e-4,
-            max_steps=STEPS,
+            max_steps=chosen.steps,
             per_device_train_batch_size=BATCH,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
             use_cpu=True,
         )
-        held = random_rows(evaluation, 1) if evaluation else None
-        trainer = TimedTrainer(model=model, args=args, train_dataset=random_rows(rows, 0), eval_dataset=held)
+        held = random_rows(chosen.evaluation, 1) if chosen.evaluation else None
+        trainer = TimedTrainer(model=model, args=args, train_dataset=random_rows(chosen.rows, 0), eval_dataset=held)
         start = time.perf_counter()
         trainer.train()
         taken = time.perf_counter() - start
@@ -117,7 +137,10 @@ def main() -> None:
             "memory_percent_of_model": 100 * added / timed[0]["model"],
         }
         print(case, {name: round(value, 2) for name, value in found[case].items()}, flush=True)
-    what = f"MiniLM-L6 (22.7M parameters) fp32, {STEPS} steps of {BATCH} x {LENGTH}, median of {options.repeats}"
+    what = (
+        f"MiniLM-L6 (22.7M parameters), {Case(0).steps} steps of {BATCH} x {LENGTH}, and BERT base (110M), "
+        f"{CASES['40 rows, BERT base'].steps} steps; fp32, median of {options.repeats}"
+    )
     path = write_results("auto_cost.json", {"what": what, "cases": found, "environment": environment()})
     print(f"written to {path}")
 
