@@ -3,11 +3,12 @@
     python recipes/benchmarks/auto_cost.py [--repeats 3]
 
 MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows (20 epochs, of which as many are held out as of
-any training) and with 1,000, with and without evaluation rows; and 20 steps of a BERT base. Every run is a process of its own; the time is that inside the measurements of both slopes, against the rest of the
-training in the same process, so that other load on the machine falls on both. Held-out training rows are released
-late, which takes more measurements than an early release. Memory is the peak of anonymous memory of /proc/self/status,
-hence on Linux only, in processes of their own in which what is freed goes back to the system in small pieces, too: a
-batch of another size leaves gaps in the heap, which would be counted. Writes results/auto_cost.json.
+any training) and with 1,000, with and without evaluation rows; and 20 steps of a BERT base. Every run is a process of
+its own; the time is that inside the measurements of both slopes, against the rest of the training in the same process,
+so that other load on the machine falls on both. Held-out training rows are released late, which takes more
+measurements than an early release. Memory is the peak of anonymous memory of /proc/self/status, hence on Linux only,
+in processes of their own in which what is freed goes back to the system in small pieces, too: a batch of another size
+leaves gaps in the heap, which would be counted. Writes results/auto_cost.json.
 """
 
 import argparse
