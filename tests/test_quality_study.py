@@ -127,13 +127,21 @@ def test_oracle_is_the_best_constant_strength_zero_among_them():
     assert row["grid"] == [0.0, 0.1] and row["best"] == 0.0 and row["oracle"]["f1_macro"]["draws"] == 2
     assert row["plain"]["f1_macro"]["auto_adds"] == row["oracle"]["f1_macro"]["auto_adds"] == pytest.approx(0.04)
     assert row["plain"]["f1_macro"]["error"] == pytest.approx(0.02)
+    assert row["oracle"]["f1_macro"]["own_mean"] == pytest.approx(0.55)
+    assert row["oracle"]["f1_macro"]["own_error"] == pytest.approx(0.05)
     # Means are of the draws that both have.
     (shared,) = beside_oracle([*RUNS, entry("plain", 3, 0.9, 0.1)])
     assert shared["f1_macro"] == {"plain": pytest.approx(0.55), "auto": pytest.approx(0.59)}
     # All on the first draw alone.
     (first,) = beside_oracle([run for run in RUNS if run["seed"] == 1 or not run["method"].startswith("l2sp")])
     assert first["grid"] == [0.0, 0.1, 0.3] and first["best"] == 0.3 and first["draws"] == 2
-    assert first["oracle"]["f1_macro"] == {"auto_adds": pytest.approx(-0.04), "error": None, "draws": 1}
+    assert first["oracle"]["f1_macro"] == {
+        "auto_adds": pytest.approx(-0.04),
+        "error": None,
+        "draws": 1,
+        "own_mean": pytest.approx(0.56),
+        "own_error": None,
+    }
     (found,) = strengths(RUNS)
     assert found["lambda"] == pytest.approx([0.3, 0.1]) and found["rows"] == [24, 24]
 

@@ -60,11 +60,17 @@ def by_method(runs: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:
     return rows
 
 
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean; None for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str = "f1_macro") -> list[dict[str, Any]]:
     """A row per data set and shots: auto beside plain, and beside the constant λ that is best *on the test texts*.
 
     Such an oracle is what no search on validation texts can beat. `error` is the standard error of the mean
-    difference over the draws. Of the grid those λ take part that were tried on the most draws.
+    difference over the draws, `own_error` that of the other's own mean. Of the grid those λ take part that were tried
+    on the most draws.
     """
     rows = []
     for (data, shots), cell in cells_of(runs).items():
@@ -84,8 +90,14 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
             row[name] = {}
             for score in SHOWN:
                 added = beside(auto, other, score)
-                error = statistics.stdev(added) / len(added) ** 0.5 if len(added) > 1 else None
-                row[name][score] = {"auto_adds": statistics.mean(added), "error": error, "draws": len(added)}
+                own = [found[score] for seed, found in other.items() if seed in auto]
+                row[name][score] = {
+                    "auto_adds": statistics.mean(added),
+                    "error": standard_error(added),
+                    "draws": len(added),
+                    "own_mean": statistics.mean(own),
+                    "own_error": standard_error(own),
+                }
         for score in SHOWN:
             row[score] = {
                 name: statistics.mean(found[seed][score] for seed in auto if seed in plain)

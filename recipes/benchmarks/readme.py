@@ -224,7 +224,9 @@ def oracle() -> str:
         texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
         searched = len(row["grid"]) > 1
         draws = row["oracle"]["f1_macro"]["draws"]
-        best = f"{row['best']:g} of {len(row['grid'])} ({draws})" if searched else ""
+        own = row["oracle"]["f1_macro"]
+        best = f"{row['best']:g} of {len(row['grid'])} ({draws}): {own['own_mean']:.3f}" if searched else ""
+        best += f" ± {own['own_error']:.3f}" if searched and own["own_error"] is not None else ""
         cells = [texts, str(row["draws"]), *scores, added(row["plain"])]
         cells += [best, added(row["oracle"])] if searched else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -233,7 +235,8 @@ def oracle() -> str:
     lines.append(f"| mean of the {mean['cells']} rows [95 %] | | | | {' / '.join(shown)} | | |")
     lines.append(
         "\nmacro-F1 / NLL; differences with their standard error over the draws. The best λ of the grid, 0 among it, "
-        "is chosen by macro-F1 *on the test texts*, on the draws in brackets, which no search can do."
+        "is chosen by macro-F1 *on the test texts*, on the draws in brackets, which no search can do; with "
+        "its macro-F1 and the standard error of that."
     )
     return "\n".join(lines)
 
