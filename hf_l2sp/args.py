@@ -38,9 +38,9 @@ class L2SPArguments:
         l2sp_schedule (`str`, defaults to `"constant"`):
             Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` finds λ while training,
             from examples that are not trained on: those of the `eval_dataset`, or, where none is given, some 1.2·√N
-            of the training examples, which are trained on like the others after a third to a half of the steps. λ is
-            next to 0 for the first fifth, whatever `l2sp_lambda` says; of fewer than 20 training examples none are
-            held out, and λ is `l2sp_lambda`. Not with context or sequence parallelism.
+            of the training examples (fewer in under 20 epochs), which are trained on like the others after a third to
+            a half of the steps. λ is next to 0 for the first fifth, whatever `l2sp_lambda` says; of fewer than 20
+            training examples none are held out, and λ is `l2sp_lambda`. Not with context or sequence parallelism.
         l2sp_mode (`str`, defaults to `"loss"`):
             `loss`: the penalty is part of the objective. `decoupled`: the optimizer step begins with
             θ ← θ − lr·2·λ·w·(θ − θ0) (and θ_new ← θ_new − lr·2·β·θ_new), as AdamW decays; it is neither clipped nor
