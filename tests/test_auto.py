@@ -149,10 +149,10 @@ def test_state_survives_json():
 @pytest.mark.parametrize("classes", [None, 3])
 def test_held_out_rows(rows, classes):
     labels = None if classes is None else [row % classes for row in range(rows)]
-    held = hold_out(rows, 20 * rows, 1, labels)
+    held = hold_out(rows, 10 * rows, 1, labels)
     taken, others = set(held.stand_ins), set(held.stand_ins.values())
     assert 1 <= len(taken) <= rows // 5 and not taken & others and len(others) == len(taken)
-    assert held.stand_ins == hold_out(rows, 20 * rows, 1, labels).stand_ins
+    assert held.stand_ins == hold_out(rows, 10 * rows, 1, labels).stand_ins
     if labels is not None:
         assert all(labels[a] == labels[b] for a, b in held.stand_ins.items())
         counts = Counter(labels[row] for row in taken)

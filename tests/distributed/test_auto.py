@@ -14,9 +14,9 @@ pytestmark = pytest.mark.distributed
 
 def test_strength_is_that_of_one_process(launch, single):
     first, second = (outcome["auto"] for outcome in launch.outcomes)
-    assert first == second and len(first) == 12
+    assert first == second and len(first) == 18
     expected = single.outcomes[0]["auto"]
-    assert expected[0] == SMALLEST and len(set(expected)) > 2
+    assert expected[0] == SMALLEST and len(set(expected)) > 3
     needs_equal_task(launch)
     assert first == pytest.approx(expected, rel=tolerance(launch, 1e-3, 5e-2), abs=1e-9)
     assert relative_error(launch.weights("auto"), single.weights("auto")) < tolerance(launch, 1e-4, 5e-2)

@@ -297,7 +297,7 @@ def main() -> None:
         outcome["decoupled"] = logs(run("decoupled", **saving, **decoupled))
     if resumes and not BACKEND.startswith("zero"):
         run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
-    auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 2}
+    auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 3}
     # Enough for the same rows to be measured, however many processes share them.
     auto_mixin.BUDGET = auto_mixin.EVALUATION_BUDGET = 1.0
     outcome["auto"] = found_strengths(run("auto", **auto))
