@@ -29,7 +29,7 @@ from transformers.utils import logging
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import AutoStrength
 
-BATCH, LENGTH, CLASSES = 16, 64, 5
+STEPS, BASE_STEPS, BATCH, LENGTH, CLASSES = 50, 20, 16, 64, 5
 PIECE = 1 << 14
 
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     rows: int
     evaluation: int = 0
-    steps: int = 50
+    steps: int = STEPS
     base: bool = False  # a BERT base with random weights instead of MiniLM
 
     def model(self) -> PreTrainedModel:
@@ -52,7 +52,7 @@ CASES = {
     "40 rows": Case(40),
     "1000 rows": Case(1000),
     "1000 rows, evaluation rows": Case(1000, evaluation=64),
-    "40 rows, BERT base": Case(40, steps=20, base=True),
+    "40 rows, BERT base": Case(40, steps=BASE_STEPS, base=True),
 }
 
 
@@ -139,8 +139,8 @@ def main() -> None:
         }
         print(case, {name: round(value, 2) for name, value in found[case].items()}, flush=True)
     what = (
-        f"MiniLM-L6 (22.7M parameters), {Case(0).steps} steps of {BATCH} x {LENGTH}, and BERT base (110M), "
-        f"{CASES['40 rows, BERT base'].steps} steps; fp32, median of {options.repeats}"
+        f"MiniLM-L6 (22.7M parameters), {STEPS} steps of {BATCH} x {LENGTH}, and BERT base (110M), {BASE_STEPS} "
+        f"steps; fp32, median of {options.repeats}"
     )
     path = write_results("auto_cost.json", {"what": what, "cases": found, "environment": environment()})
     print(f"written to {path}")

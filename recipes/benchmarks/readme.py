@@ -211,24 +211,21 @@ def oracle() -> str:
     lines = ["| data, labelled texts | draws | plain | auto | auto beside plain | best λ | auto beside it |"]
     lines.append("|---|---|---|---|---|---|---|")
 
+    def give_or_take(error: float | None) -> str:
+        return "" if error is None else f" ± {error:.3f}"
+
     def added(found: dict[str, Any]) -> str:
-        shown = []
-        for score in SHOWN:
-            error = found[score]["error"]
-            shown.append(f"{found[score]['auto_adds']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
-        return " / ".join(shown)
+        return " / ".join(f"{found[s]['auto_adds']:+.3f}{give_or_take(found[s]['error'])}" for s in SHOWN)
 
     summary = read_results("quality.json")["summary"]
     for row in summary["oracle"]:
         scores = [" / ".join(f"{row[score][name]:.3f}" for score in SHOWN) for name in ("plain", "auto")]
         texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
         searched = len(row["grid"]) > 1
-        draws = row["oracle"]["f1_macro"]["draws"]
-        own = row["oracle"]["f1_macro"]
-        best = f"{row['best']:g} of {len(row['grid'])} ({draws}): {own['own_mean']:.3f}" if searched else ""
-        best += f" ± {own['own_error']:.3f}" if searched and own["own_error"] is not None else ""
+        found = row["oracle"]["f1_macro"]
+        best = f"{row['best']:g} of {len(row['grid'])} ({found['draws']}): {found['own_mean']:.3f}"
         cells = [texts, str(row["draws"]), *scores, added(row["plain"])]
-        cells += [best, added(row["oracle"])] if searched else ["", ""]
+        cells += [best + give_or_take(found["own_error"]), added(row["oracle"])] if searched else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     mean = summary["overall"]
     shown = [f"{mean[score]['mean']:+.3f} [{mean[score]['low']:+.3f}, {mean[score]['high']:+.3f}]" for score in SHOWN]
