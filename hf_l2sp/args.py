@@ -39,7 +39,8 @@ class L2SPArguments:
             Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` finds λ while training,
             from examples that are not trained on: those of the `eval_dataset`, or, where none is given, some 1.2·√N
             of the training examples (fewer in under 20 epochs), which are trained on like the others after a third to
-            a half of the steps. λ is next to 0 for the first fifth, whatever `l2sp_lambda` says; of fewer than 20
+            a half of the steps. For the first fifth λ is 0.05 where examples have one class each and are seen twenty
+            times or more, less in fewer epochs, else next to 0, whatever `l2sp_lambda` says; of fewer than 20
             training examples none are held out, and λ is `l2sp_lambda`. Not with context or sequence parallelism.
         l2sp_mode (`str`, defaults to `"loss"`):
             `loss`: the penalty is part of the objective. `decoupled`: the optimizer step begins with

@@ -8,11 +8,15 @@ from typing import Any
 
 # "Never 0": the anchor stays in use, and a λ of this size does nothing.
 SMALLEST = 1e-6
-# With more a model hardly leaves θ0 (recipes/benchmarks/results/quality.json).
-LARGEST = 1.0
-# How much a counts against b, by its sign. Where held-out examples want θ nearer to θ0 one takes a step of Newton's;
-# where they still gain by the way from θ0, λ has to give way for good, not to be merely small.
-_AWAY, _BACK = 3.0, 1.0
+# With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
+LARGEST = 0.3
+# λ before the first measurement, of a training in which rows are learned by heart. Far from θ0 a model comes to know
+# them by small steps to the side, which asks for a λ so small that it does not bring the model back; near θ0 the same
+# optimism asks for a larger one, with better models, and lets go at once where there is none.
+START = 0.05
+# How much a counts against b where held-out examples still gain by the way from θ0: λ has to give way for good there,
+# not to be merely small.
+_AWAY = 1.5
 # A handful of held-out examples that are wrong all the time must not nail θ to θ0: λ is as found while ‖θ − θ0‖² is
 # more than a quarter of the largest that was seen, falls as it does, and is off where an eighth is left.
 FREE, LEAST_LEFT = 0.25, 0.125
@@ -34,35 +38,17 @@ class AutoStrength:
 
     Attributes:
         value: λ now.
-        held: Moving average of a, in units of the loss, that began at 0; see `average`.
+        held: Moving average of a, in units of the loss, that began at 0.
         trained: The same of b.
-        deepest: Smallest average of a so far.
         largest: Largest Σ w‖θ − θ0‖² so far.
         measured: Measurements so far.
-        early: Whether held-out training rows were released early, since the model had still to learn.
     """
 
     value: float = SMALLEST
     held: float = 0.0
     trained: float = 0.0
-    deepest: float = 0.0
     largest: float = 0.0
     measured: int = 0
-    early: bool = False
-
-    @property
-    def average(self) -> float:
-        """The moving average of a over the measurements there are; 0 before the first."""
-        return self._filled(self.held) if self.measured else 0.0
-
-    def _filled(self, moving: float) -> float:
-        """A moving average that began at 0, as if it had begun with the first measurement."""
-        return moving / (1.0 - MEMORY**self.measured)
-
-    @property
-    def has_to_learn(self) -> bool:
-        """Whether held-out examples want θ farther from θ0, and about as much so as they ever did."""
-        return self.held < 0.0 and self.average < 0.95 * self.deepest
 
     def update(self, held: float, trained: float, squared: float) -> float:
         """Takes a measurement up.
@@ -80,9 +66,9 @@ class AutoStrength:
         self.held = MEMORY * self.held + (1.0 - MEMORY) * held
         self.trained = MEMORY * self.trained + (1.0 - MEMORY) * trained
         self.measured += 1
-        average, trained = self.average, self._filled(self.trained)
-        self.deepest = min(self.deepest, average)
-        value = ((_BACK if average > 0.0 else _AWAY) * average - trained) / (2.0 * squared)
+        filled = 1.0 - MEMORY**self.measured  # as if the averages had begun with the first measurement
+        held, trained = self.held / filled, self.trained / filled
+        value = ((1.0 if held > 0.0 else _AWAY) * held - trained) / (2.0 * squared)
         self.largest = max(self.largest, squared)
         value *= min(max((squared / self.largest - LEAST_LEFT) / (FREE - LEAST_LEFT), 0.0), 1.0)
         value = min(max(value, SMALLEST), LARGEST)
@@ -101,7 +87,7 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            numbers = {name: float(state[name]) for name in ("value", "held", "trained", "deepest", "largest")}
-            return cls(**numbers, measured=int(state["measured"]), early=bool(state["early"]))
+            numbers = {name: float(state[name]) for name in ("value", "held", "trained", "largest")}
+            return cls(**numbers, measured=int(state["measured"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of l2sp_schedule='auto' is damaged ({error!r}).") from None

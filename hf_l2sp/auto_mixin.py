@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from .auto import AutoStrength
+from .auto import SMALLEST, START, AutoStrength
 from .held_out import (
     BUDGET,
-    EARLY_RELEASE,
     EVALUATION_BUDGET,
     EVALUATION_ROWS,
     FEWEST_ROWS,
-    RELEASE,
     HeldOut,
     HeldOutSampler,
     Portions,
+    by_heart,
     hold_out,
 )
 from .state import read_state
@@ -92,9 +90,7 @@ class L2SPAutoMixin:
                 "a length. Give the trainer an eval_dataset that has one, or use a constant l2sp_lambda."
             )
         rows = len(data)
-        steps = self.args.max_steps
-        draws = steps * self._l2sp_batch() if steps > 0 else round(self.args.num_train_epochs * rows)
-        held = hold_out(rows, draws, self.args.seed, _labels(data))
+        held = hold_out(rows, self._l2sp_draws(rows), self.args.seed, _labels(data))
         if not held.stand_ins:
             logger.warning(
                 f"l2sp_schedule='auto' finds nothing to hold out of {rows} training examples (it takes {FEWEST_ROWS}, "
@@ -103,6 +99,11 @@ class L2SPAutoMixin:
             return None
         loader.set_sampler(HeldOutSampler(loader.get_sampler(), held))  # type: ignore[attr-defined]
         return _Rows(data, list(held.stand_ins), loader.collate_fn, held)
+
+    def _l2sp_draws(self, rows: int) -> int:
+        """Rows that are drawn over the whole training."""
+        steps = self.args.max_steps
+        return int(steps * self._l2sp_batch()) if steps > 0 else round(self.args.num_train_epochs * rows)
 
     def _l2sp_batch(self) -> int:
         """Rows per optimizer step, over all processes."""
@@ -131,9 +132,24 @@ class L2SPAutoMixin:
         kept = None if state is None else state.get("strength", {}).get("auto")
         if self._l2sp_rows is None:
             return  # nothing to measure on: λ stays as the user set it
-        self._l2sp_auto = AutoStrength() if kept is None else AutoStrength.from_state(kept)
-        if self._l2sp_rows.held is not None:
-            self._l2sp_rows.held.early = self._l2sp_auto.early
+        start = self._l2sp_first_strength(self._l2sp_rows)
+        self._l2sp_auto = AutoStrength(start) if kept is None else AutoStrength.from_state(kept)
+
+    def _l2sp_first_strength(self, rows: _Rows) -> float:
+        """λ before there is a measurement: worth mentioning where rows with a class each are learned by heart.
+
+        Of texts with a label per word the mean over the words, most of them of one class, is learned by heart long
+        before the other classes are.
+        """
+        data = self.train_dataset  # type: ignore[attr-defined]
+        if not isinstance(data, Sized) or isinstance(data, IterableDataset) or len(data) == 0:
+            return SMALLEST
+        batch = rows.batch([0], self.args.seed)
+        named = batch if isinstance(batch, Mapping) else {}
+        labels = next((named[name] for name in self.label_names if name in named), None)  # type: ignore[attr-defined]
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+            return SMALLEST
+        return max(SMALLEST, START * by_heart(len(data), self._l2sp_draws(len(data))))
 
     def _l2sp_check_auto(self) -> None:
         assert self.l2sp_anchor is not None
@@ -151,19 +167,15 @@ class L2SPAutoMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, when the gradients of the last one are gone and none is there yet.
         if self._l2sp_auto is not None and self._l2sp_rows is not None:
-            self._l2sp_measure_auto(self._l2sp_auto, self._l2sp_rows)
+            self._l2sp_measure_auto(self._l2sp_rows)
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
-    def _l2sp_measure_auto(self, auto: AutoStrength, rows: _Rows) -> None:
+    def _l2sp_measure_auto(self, rows: _Rows) -> None:
         step, steps, (process, processes) = self.state.global_step, self.state.max_steps, self._l2sp_row_share()
         count = len(rows.indices)
         if self._l2sp_portions is None:
-            share, budget = (1.0, EVALUATION_BUDGET) if rows.held is None else (RELEASE, BUDGET)
+            share, budget = (1.0, EVALUATION_BUDGET) if rows.held is None else (rows.held.release, BUDGET)
             self._l2sp_portions = Portions.plan(count, self._l2sp_batch(), steps, share, budget, processes)
-        if rows.held is not None and step == self._l2sp_decision_step(steps) and auto.measured:
-            rows.held.early = auto.early = auto.has_to_learn
-        if rows.held is not None and rows.held.early and step >= EARLY_RELEASE * steps:
-            return
         portions = self._l2sp_portions
         if not portions.due(step):
             return
@@ -177,13 +189,6 @@ class L2SPAutoMixin:
         (held, squared), self._l2sp_held = self._l2sp_held, None
         assert self.l2sp_anchor is not None
         self._l2sp_auto.update(held, float(_slope_unscaled(self.l2sp_anchor).along), squared)
-
-    def _l2sp_decision_step(self, steps: int) -> int:
-        """Where it is decided whether to release early: before the loader, which reads ahead, has come that far."""
-        workers = int(self.args.dataloader_num_workers)
-        ahead = 2 + workers * int(self.args.dataloader_prefetch_factor or 2)
-        ahead = math.ceil(ahead / int(self.args.gradient_accumulation_steps))
-        return max(1, math.floor(EARLY_RELEASE * steps) - ahead)
 
     def _l2sp_slope(self, batch: Any) -> tuple[float, float]:
         """⟨∇L, θ − θ0⟩ of a batch, and Σ w‖θ − θ0‖²; the same on all processes. Leaves no gradient behind."""

@@ -11,13 +11,12 @@ from typing import Any, cast
 
 from torch.utils.data import Sampler
 
-# Parts of the training after which held-out training rows are trained on like the others: early, where they say that
-# the model has still to learn, which then needs every row; else later.
-EARLY_RELEASE = 0.35
-RELEASE = 0.55
+# Part of the training after which held-out training rows are trained on like the others: the first where rows are
+# hardly learned by heart, and the model needs every one; the second where they are. See `by_heart`.
+RELEASE = 0.35, 0.55
 # Part of what is left of the training then in which they are seen twice as often as the others.
 CATCH_UP = 0.5
-# Part of the training before which nothing is measured and λ does nothing: next to θ0 a slope is noise.
+# Part of the training before which nothing is measured: next to θ0 a slope is noise.
 BURN_IN = 0.2
 # Rows measured per row trained on, over the whole training: of those held out of it; and of an evaluation set, where
 # every measurement is of fewer rows and the walks over the weights count for more.
@@ -26,9 +25,21 @@ BUDGET, EVALUATION_BUDGET = 0.08, 0.07
 EVALUATION_ROWS = 64
 # Of fewer training rows none are held out, and never fewer than this: three rows do not tell a λ.
 FEWEST_ROWS, FEWEST_HELD = 20, 4
-# Of a training in which rows are seen this often a fifth may be held out; in the square less of a shorter one, where
-# rows are hardly learned by heart and miss more by being left out.
+# Times that rows are seen in a training that learns them by heart.
 FULL_EPOCHS = 20
+
+
+def by_heart(rows: int, draws: int) -> float:
+    """How far a training learns its rows by heart, 0 to 1.
+
+    Args:
+        rows: Rows of the training set.
+        draws: Rows that are drawn over the whole training.
+
+    Returns:
+        1 where every row is seen `FULL_EPOCHS` times or more, in the square less below.
+    """
+    return min(1.0, draws / max(1, rows) / FULL_EPOCHS) ** 2
 
 
 @dataclass
@@ -41,22 +52,21 @@ class HeldOut:
     Attributes:
         stand_ins: Held-out row → stand-in.
         draws: Rows that the sampler will draw over the whole training.
-        early: Whether to release them early; to be set before the sampler has come that far.
+        release: Part of the training after which they are released.
     """
 
     stand_ins: dict[int, int]
     draws: int
-    early: bool = False
+    release: float = RELEASE[1]
 
     def __post_init__(self) -> None:
         self._back = {stand_in: row for row, stand_in in self.stand_ins.items()}
 
     def row(self, index: int, position: int) -> int:
         """The row that is trained on where the sampler says `index` as the `position`-th draw of the training."""
-        release = EARLY_RELEASE if self.early else RELEASE
-        if position < release * self.draws:
+        if position < self.release * self.draws:
             return self.stand_ins.get(index, index)
-        if position < (release + CATCH_UP * (1.0 - release)) * self.draws:
+        if position < (self.release + CATCH_UP * (1.0 - self.release)) * self.draws:
             return self._back.get(index, index)
         return index
 
@@ -65,8 +75,7 @@ def _wanted(rows: int, draws: int) -> int:
     """How many rows to hold out: about 1.2·√rows, and no greater part of them than the number of epochs allows."""
     if rows < FEWEST_ROWS:
         return 0
-    most = rows / 5 * min(1.0, draws / rows / FULL_EPOCHS) ** 2
-    return max(FEWEST_HELD, min(math.floor(most), round(1.2 * math.sqrt(rows))))
+    return max(FEWEST_HELD, min(math.floor(rows / 5 * by_heart(rows, draws)), round(1.2 * math.sqrt(rows))))
 
 
 def hold_out(rows: int, draws: int, seed: int, labels: Sequence[Any] | None = None) -> HeldOut:
@@ -101,7 +110,8 @@ def hold_out(rows: int, draws: int, seed: int, labels: Sequence[Any] | None = No
                 stand_ins[pile.pop()] = pile.pop()
         if len(stand_ins) == before:
             break
-    return HeldOut(stand_ins, draws)
+    first, last = RELEASE
+    return HeldOut(stand_ins, draws, first + (last - first) * by_heart(rows, draws))
 
 
 class HeldOutSampler(Sampler[int]):

@@ -13,15 +13,15 @@ import torch
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_l2sp import Anchor, L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import LARGEST, SMALLEST, AutoStrength
+from hf_l2sp.auto import LARGEST, SMALLEST, START, AutoStrength
 from hf_l2sp.held_out import (
     BUDGET,
     CATCH_UP,
-    EARLY_RELEASE,
     EVALUATION_BUDGET,
     RELEASE,
     HeldOutSampler,
     Portions,
+    by_heart,
     hold_out,
 )
 
@@ -84,15 +84,24 @@ def test_it_is_not_summed_up_while_the_model_lags_behind():
 
 
 def test_it_gives_way_where_the_model_has_still_to_learn():
-    """However much less the held-out examples gain by it than those that are trained on."""
+    """Though the held-out examples gain somewhat less by it than those that are trained on."""
     auto = AutoStrength(0.5)
     for _ in range(30):
-        auto.update(-0.2, -0.55, 10.0)
-    assert auto.value < 1.01 * SMALLEST and auto.has_to_learn
-    # Where they hardly gain any more, it sets in.
-    values = [auto.update(-0.01, -0.55, 10.0) for _ in range(10)]
-    assert values == sorted(values) and not auto.has_to_learn
-    assert 0.9 * 0.55 / 20.0 < auto.value < 0.55 / 20.0
+        auto.update(-0.4, -0.55, 10.0)
+    assert auto.value < 1.01 * SMALLEST
+    # Where they gain less, it sets in.
+    values = [auto.update(-0.1, -0.55, 10.0) for _ in range(12)]
+    assert values == sorted(values)
+    assert math.isclose(auto.value, 0.4 / 20.0, rel_tol=1e-3)
+
+
+def test_near_the_anchor_the_same_optimism_asks_for_more():
+    """Hence λ begins with a pull: a model that has gone far is left there."""
+    near, far = (AutoStrength(START) for _ in range(2))
+    for _ in range(12):
+        near.update(-0.1, -0.55, 2.0)
+        far.update(-0.1, -0.55, 20.0)
+    assert math.isclose(near.value, 10 * far.value, rel_tol=1e-2) and near.value > START > far.value
 
 
 def test_it_does_not_nail_the_model_to_its_anchor():
@@ -174,32 +183,39 @@ def test_rows_that_are_the_only_ones_of_their_class_are_kept():
     assert not hold_out(19, 100, 1).stand_ins
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_sampler(early):
-    rows, epochs = 40, 10
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(0.1, 2.5e-5), (1, 0.0025), (5, 0.0625), (10, 0.25), (20, 1.0), (70, 1.0)]
+)
+def test_how_far_rows_are_learned_by_heart(epochs, expected):
+    assert math.isclose(by_heart(200, round(200 * epochs)), expected)
+    first, last = RELEASE
+    assert math.isclose(hold_out(200, round(200 * epochs), 1).release, first + (last - first) * expected)
+
+
+@pytest.mark.parametrize("epochs", [5, 8, 20, 40])
+def test_sampler(epochs):
+    rows = 40
     held = hold_out(rows, rows * epochs, 3)
-    held.early = early
     sampler = HeldOutSampler(torch.utils.data.SequentialSampler(range(rows)), held)
     drawn = []
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         drawn += list(sampler)
-    release = round((EARLY_RELEASE if early else RELEASE) * rows * epochs)
+    release = round(held.release * rows * epochs)
     assert not set(held.stand_ins) & set(drawn[:release])
     both = set(held.stand_ins) | set(held.stand_ins.values())
     counts = Counter(drawn)
     assert all(counts[row] == epochs for row in set(range(rows)) - both) and len(drawn) == rows * epochs
     # An early release leaves time to make up for what they have missed.
-    share = EARLY_RELEASE if early else RELEASE
-    missed = epochs * (share - CATCH_UP * (1 - share))
-    assert all(abs(counts[row] - epochs) <= missed + 1 for row in both) and (missed < 1) == early
+    missed = epochs * (held.release - CATCH_UP * (1 - held.release))
+    assert all(abs(counts[row] - epochs) <= missed + 1 for row in both) and (missed < 1) == (epochs < 10)
     assert all(drawn[-rows:].count(row) == 1 for row in range(rows))
     assert len(sampler) == rows and sampler.data_source == range(rows)
 
 
 @pytest.mark.parametrize(("batch", "steps", "rows"), [(16, 80, 11), (1, 30, 5), (16, 4000, 60), (256, 100, 60)])
 @pytest.mark.parametrize(
-    ("share", "budget", "limit", "processes"), [(1.0, EVALUATION_BUDGET, 0.07, 1), (RELEASE, BUDGET, 0.08, 2)]
+    ("share", "budget", "limit", "processes"), [(1.0, EVALUATION_BUDGET, 0.07, 1), (RELEASE[1], BUDGET, 0.08, 2)]
 )
 def test_measuring_keeps_within_its_budget(batch, steps, rows, share, budget, limit, processes):
     portions = Portions.plan(rows, batch, steps, share, budget, processes)
@@ -297,7 +313,8 @@ def test_measuring_leaves_nothing_behind(make, classification_data, monkeypatch)
     monkeypatch.setattr(AutoStrength, "update", update)
     auto = make("auto", eval_dataset=classification_data[:7])
     auto.train()
-    constant = make("constant", eval_dataset=classification_data[:7], l2sp_lambda=SMALLEST, l2sp_schedule="constant")
+    start = auto._l2sp_auto.value
+    constant = make("constant", eval_dataset=classification_data[:7], l2sp_lambda=start, l2sp_schedule="constant")
     constant.train()
     assert len(asked) > 5 and same(auto, constant)
     assert auto.state.log_history[:-1] == constant.state.log_history[:-1]
@@ -355,7 +372,8 @@ def test_lambda_is_found_and_told(make):
     trainer = make(num_train_epochs=8, max_steps=-1, learning_rate=5e-3)
     trainer.train()
     values = strengths(trainer)
-    assert values[0] == SMALLEST and len(set(values)) > 4 and all(SMALLEST <= value <= LARGEST for value in values)
+    assert math.isclose(values[0], START * (8 / 20) ** 2) and values[3] == values[0]  # a fifth of 48 steps begins
+    assert len(set(values)) > 4 and all(SMALLEST <= value <= LARGEST for value in values)
     # Random labels cannot be learnt: held-out rows call back.
     assert max(values) > 1e-3
     assert trainer._l2sp_state()["strength"]["current"] == trainer._l2sp_auto.value == values[-1]
@@ -384,8 +402,8 @@ def test_held_out_rows_are_trained_on_only_after_their_release(make, classificat
     trainer.train()
     rows = trainer._l2sp_rows
     held = {tuple(classification_data[row]["input_ids"].tolist()) for row in rows.indices}
-    release = math.ceil((EARLY_RELEASE if rows.held.early else RELEASE) * 24)
-    assert len(held) >= 2 and rows.held.early == trainer._l2sp_auto.early
+    release = math.ceil(rows.held.release * 24)
+    assert len(held) >= 2
     assert not any(batch & held for batch in seen[: release - 1])
     assert held <= set().union(*seen[release:])
 
@@ -449,6 +467,37 @@ def test_too_few_rows_to_hold_any_out(make, classification_data, caplog, monkeyp
     assert "nothing to hold out of 6 training examples" in caplog.text
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("label", "epochs", "expected"),
+    [
+        (torch.tensor(1), 40, START),
+        (torch.tensor(1), 10, START / 4),
+        (torch.tensor(1), 0.05, SMALLEST),  # next to nothing, but never 0
+        (torch.tensor(1.0), 40, SMALLEST),  # regression: a loss of another size
+        (torch.ones(10, dtype=torch.long), 40, SMALLEST),  # a class per token
+        (torch.ones(3), 40, SMALLEST),  # many classes at a time
+    ],
+)
+def test_it_begins_with_a_pull_where_rows_of_a_class_are_learned_by_heart(
+    make, classification_data, label, epochs, expected, given
+):
+    data = [{**row, "labels": label} for row in classification_data]
+    trainer = make(data=data, num_train_epochs=epochs, max_steps=-1, **({"eval_dataset": data[:9]} if given else {}))
+    trainer.get_train_dataloader()
+    assert math.isclose(trainer._l2sp_first_strength(trainer._l2sp_rows), expected)
+
+
+def test_it_begins_without_a_pull_where_labels_are_not_to_be_seen(make, classification_data):
+    trainer = make(max_steps=400, data_collator=lambda rows: [row["input_ids"] for row in rows])
+    trainer.get_train_dataloader()
+    assert trainer._l2sp_first_strength(trainer._l2sp_rows) == SMALLEST
+    stream = datasets.IterableDataset.from_generator(lambda: iter(classification_data))
+    trainer = make(data=stream, eval_dataset=classification_data[:5], max_steps=400)
+    trainer.get_train_dataloader()
+    assert trainer._l2sp_first_strength(trainer._l2sp_rows) == SMALLEST
+
+
 def test_a_stream_needs_an_evaluation_set(make, classification_data):
     stream = datasets.IterableDataset.from_generator(lambda: iter(classification_data))
     with pytest.raises(ValueError, match="without a length. Give the trainer an eval_dataset"):
@@ -467,7 +516,7 @@ def test_the_loss_scale_does_not_enter(make):
     """The scale is a power of two, with which float32 gradients are scaled and unscaled exactly."""
     runs = []
     for scale in (None, 2.0**10):
-        trainer = make(f"scale-{scale}", learning_rate=5e-3, max_grad_norm=0.5)
+        trainer = make(f"scale-{scale}", learning_rate=5e-3, max_grad_norm=0.5, max_steps=48)
         if scale is not None:
             trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             clip = trainer.accelerator.clip_grad_norm_

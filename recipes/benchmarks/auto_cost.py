@@ -5,10 +5,9 @@
 MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows (20 epochs, of which as many are held out as of
 any training) and with 1,000, with and without evaluation rows; and 20 steps of a BERT base. Every run is a process of
 its own; the time is that inside the measurements of both slopes, against the rest of the training in the same process,
-so that other load on the machine falls on both. Held-out training rows are released late, which takes more
-measurements than an early release. Memory is the peak of anonymous memory of /proc/self/status, hence on Linux only,
-in processes of their own in which what is freed goes back to the system in small pieces, too: a batch of another size
-leaves gaps in the heap, which would be counted. Writes results/auto_cost.json.
+so that other load on the machine falls on both. Memory is the peak of anonymous memory of /proc/self/status, hence on
+Linux only, in processes of their own in which what is freed goes back to the system in small pieces, too: a batch of
+another size leaves gaps in the heap, which would be counted. Writes results/auto_cost.json.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import AutoStrength
 
 STEPS, BASE_STEPS, BATCH, LENGTH, CLASSES = 50, 20, 16, 64, 5
 PIECE = 1 << 14
@@ -83,7 +81,6 @@ class TimedTrainer(L2SPTrainer):
 def measure(schedule: str, case: str) -> dict[str, Any]:
     """One training."""
     chosen = CASES[case]
-    AutoStrength.has_to_learn = property(lambda self: False)  # type: ignore[assignment,method-assign]
     peak = Peak()
     peak.start()
     model = chosen.model()

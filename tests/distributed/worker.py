@@ -100,8 +100,8 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, auto_mixin  # noqa: E402
-from hf_l2sp.auto import SMALLEST, AutoStrength  # noqa: E402
+from hf_l2sp import L2SPTrainer, L2SPTrainingArguments, auto_mixin, held_out  # noqa: E402
+from hf_l2sp.auto import AutoStrength  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
 
 
@@ -300,10 +300,11 @@ def main() -> None:
     auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 3}
     # Enough for the same rows to be measured, however many processes share them.
     auto_mixin.BUDGET = auto_mixin.EVALUATION_BUDGET = 1.0
+    held_out.FULL_EPOCHS = 3  # so that λ begins with all of its pull, and most is measured
     outcome["auto"] = found_strengths(run("auto", **auto))
     with mock.patch.object(AutoStrength, "update", lambda self, *slopes: self.value):
-        run("measured", evaluate=True, **auto)
-    run("not_measured", evaluate=True, **(auto | {"l2sp_schedule": "constant", "l2sp_lambda": SMALLEST}))
+        start = found_strengths(run("measured", evaluate=True, **auto))[0]
+    run("not_measured", evaluate=True, **(auto | {"l2sp_schedule": "constant", "l2sp_lambda": start}))
     outcome["evaluated"] = [evaluated(cls) for cls in (Trainer, L2SPTrainer)]
     whole_on_each = BACKEND in ("single", "ddp")
     if whole_on_each:
