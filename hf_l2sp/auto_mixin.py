@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import datasets
 from torch import Tensor
@@ -76,7 +76,7 @@ class L2SPAutoMixin:
         given = self.eval_dataset  # type: ignore[attr-defined]
         if isinstance(given, dict):
             given = next(iter(given.values()), None)
-        if not isinstance(given, Sized) or isinstance(given, IterableDataset) or len(given) == 0:
+        if not _has_length(given) or len(given) == 0:
             return None
         loader = self.get_eval_dataloader(given)  # type: ignore[attr-defined]
         rows = random.Random(self.args.seed).sample(range(len(given)), min(len(given), EVALUATION_ROWS))
@@ -84,7 +84,7 @@ class L2SPAutoMixin:
 
     def _l2sp_training_rows(self, loader: DataLoader[Any]) -> _Rows | None:
         data: Any = loader.dataset
-        if not isinstance(data, Sized) or isinstance(data, IterableDataset):
+        if not _has_length(data):
             raise ValueError(
                 "l2sp_schedule='auto' measures on held-out examples and cannot hold any out of a training set without "
                 "a length. Give the trainer an eval_dataset that has one, or use a constant l2sp_lambda."
@@ -132,8 +132,10 @@ class L2SPAutoMixin:
         kept = None if state is None else state.get("strength", {}).get("auto")
         if self._l2sp_rows is None:
             return  # nothing to measure on: λ stays as the user set it
-        start = self._l2sp_first_strength(self._l2sp_rows)
-        self._l2sp_auto = AutoStrength(start) if kept is None else AutoStrength.from_state(kept)
+        if kept is None:
+            self._l2sp_auto = AutoStrength(self._l2sp_first_strength(self._l2sp_rows))
+        else:
+            self._l2sp_auto = AutoStrength.from_state(kept)
 
     def _l2sp_first_strength(self, rows: _Rows) -> float:
         """λ before there is a measurement: worth mentioning where rows with a class each are learned by heart.
@@ -142,7 +144,7 @@ class L2SPAutoMixin:
         before the other classes are.
         """
         data = self.train_dataset  # type: ignore[attr-defined]
-        if not isinstance(data, Sized) or isinstance(data, IterableDataset) or len(data) == 0:
+        if not _has_length(data):
             return SMALLEST
         batch = rows.batch([0], self.args.seed)
         named = batch if isinstance(batch, Mapping) else {}
@@ -214,6 +216,10 @@ def _slope_unscaled(anchor: Anchor) -> Slope:
     """Of the gradients that are there, without the loss scale that they carry under fp16."""
     slope, scale = anchor.slope(), anchor.backend.grad_scale()
     return slope if scale is None else slope._replace(along=slope.along / scale.to(slope.along.device))
+
+
+def _has_length(data: Any) -> TypeGuard[Sized]:
+    return isinstance(data, Sized) and not isinstance(data, IterableDataset)
 
 
 def _labels(data: Any) -> list[Any] | None:

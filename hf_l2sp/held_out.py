@@ -57,7 +57,7 @@ class HeldOut:
 
     stand_ins: dict[int, int]
     draws: int
-    release: float = RELEASE[1]
+    release: float
 
     def __post_init__(self) -> None:
         self._back = {stand_in: row for row, stand_in in self.stand_ins.items()}
