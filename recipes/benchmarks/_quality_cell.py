@@ -65,11 +65,13 @@ class Cell:
         folder: Folder with train.jsonl and test.jsonl of `text` and `label`.
         shots: Labelled texts per class; 0: all.
         seed: Of the draw, the head and the order.
+        training: What all methods have in common that do not say otherwise.
     """
 
     folder: Path
     shots: int
     seed: int
+    training: dict[str, Any]
 
     @cached_property
     def labelled(self) -> Any:
@@ -139,12 +141,13 @@ class Cell:
             optimizer: Makes one for the model. Default: AdamW of the arguments.
             trainer_class: Of the trainer.
             callbacks: Of the trainer.
-            **settings: Arguments beside TRAINING.
+            **settings: Arguments beside those in common.
         """
         model = self.model() if model is None else model
         train, validation = (self.train, None) if data is None else data
         with tempfile.TemporaryDirectory() as folder:
-            args = L2SPTrainingArguments(**passing(folder, self.seed), **{**TRAINING, "logging_steps": 10, **settings})
+            chosen = {**self.training, "logging_steps": 10, **settings}
+            args = L2SPTrainingArguments(**passing(folder, self.seed), **chosen)
             trainer = trainer_class(
                 model=model,
                 args=args,
@@ -210,11 +213,11 @@ class EntityCell(Cell):
         return {**words, "f1_macro": entities["f1_macro"]}
 
 
-def cell_of(folder: Path, shots: int, seed: int) -> Cell:
+def cell_of(folder: Path, shots: int, seed: int, training: dict[str, Any]) -> Cell:
     """The cell of a data set, by what its rows have."""
     with open(folder / "train.jsonl", encoding="utf-8") as file:
         kind = EntityCell if "tokens" in json.loads(file.readline()) else Cell
-    return kind(folder, shots, seed)
+    return kind(folder, shots, seed, training)
 
 
 def course(trainer: Trainer) -> dict[str, list[float]]:

@@ -20,7 +20,6 @@ results/domain_adaptation.json and .png.
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RECIPES, RESULTS, embedded_model, environment, read_results, write_results
+from _paired import spread
 
 NAME = "domain_adaptation.json"
 SCORES = ("test_accuracy", "test_f1_macro", "test_loss", "test_ece")
@@ -169,8 +169,7 @@ def classification_summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (model, anchor), scores in groups.items():
         row: dict[str, Any] = {"model": model, "anchor": anchor, "seeds": len(scores)}
         for name in SCORES:
-            values = [one[name] for one in scores]
-            row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+            row[name] = spread([one[name] for one in scores])
         rows.append(row)
     return rows
 

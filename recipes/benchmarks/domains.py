@@ -11,7 +11,6 @@ Writes results/domains.json.
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RECIPES, RESULTS, environment, read_results, write_results
+from _paired import spread
 
 NAME = "domains.json"
 # Plain Trainer and L2-SP get the same; nothing is tuned on these data.
@@ -88,10 +88,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for score in entries[0]["scores"]["plain"]:
             plain, l2sp = ([entry["scores"][name][score] for entry in entries] for name in ("plain", "l2sp"))
             lower_is_better = score.endswith(("_loss", "_ece"))
-            row["scores"][score] = {
-                name: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0}
-                for name, v in (("plain", plain), ("l2sp", l2sp))
-            } | {"l2sp_better": sum((b < a) if lower_is_better else (b > a) for a, b in zip(plain, l2sp, strict=True))}
+            better = sum((b < a) if lower_is_better else (b > a) for a, b in zip(plain, l2sp, strict=True))
+            row["scores"][score] = {"plain": spread(plain), "l2sp": spread(l2sp), "l2sp_better": better}
         rows.append(row)
     order = [(job.recipe, job.data) for job in RUNS]
     return sorted(rows, key=lambda row: order.index((row["recipe"], row["data"])))

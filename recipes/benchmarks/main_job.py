@@ -8,7 +8,6 @@ results already is not repeated, so a study that was cut off goes on. Writes res
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RECIPES, RESULTS, environment, read_results, write_results
+from _paired import spread
 
 SCORES = ("test_f1_macro", "test_loss", "test_ece", "test_accuracy", "test_mcc")
 NAME = "main_job.json"
@@ -46,8 +46,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (shots, strength), entries in sorted(groups.items(), key=lambda item: (item[0][0] or 10**9, item[0][1])):
         row: dict[str, Any] = {"shots": shots, "lambda": strength, "seeds": len(entries)}
         for score in SCORES:
-            values = [entry["scores"][score] for entry in entries]
-            row[score] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+            row[score] = spread([entry["scores"][score] for entry in entries])
         rows.append(row)
     return rows
 

@@ -1,12 +1,14 @@
 """Which method, which λ: data sets × shots × seeds × methods, paired by seed.
 
     python recipes/benchmarks/quality.py --data FOLDER [--sets medical_abstracts ...] [--shots 8 16] [--seeds 5] \
-        [--methods plain "l2sp 0.1" ...] [--workers 2]
+        [--methods plain "l2sp 0.1" ...] [--workers 2] [--float32 --output quality_other.json]
 
 FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and `label`, or of `tokens` and
 `ner_tags`. A seed draws the labelled texts and sets the head's first values and the order of batches. A run that is in
 the results already is not repeated, so that a killed study goes on where it was. Methods are those of
 _quality_methods.py, the settings all of them share those of _quality_cell.py.
+Where a CPU has no instructions for bfloat16 it is many times slower than float32: --float32 trains without it, into a
+file of its own.
 Writes results/quality.json with a summary, results/quality.png and results/quality_lambda.png.
 """
 
@@ -27,16 +29,15 @@ from _quality_summary import summary
 from transformers.utils import logging
 
 NAME = "quality.json"
-CONFIG = {"training": TRAINING, "max_length": MAX_LENGTH, "test_rows": TEST_ROWS}
 Key = tuple[str, int, int, str]
 
 
-def run(folder: Path, shots: int, seed: int, method: str) -> dict[str, Any]:
+def run(folder: Path, shots: int, seed: int, method: str, training: dict[str, Any]) -> dict[str, Any]:
     """One training, in a process of its own."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    cell = cell_of(folder, shots, seed)
+    cell = cell_of(folder, shots, seed, training)
     found, seconds = timed(lambda: METHODS[method](cell))
     about = {"data": folder.name, "shots": shots, "seed": seed, "method": method, "rows": len(cell.train)}
     return {**about, **found, "cpu_seconds": round(seconds, 1)}
@@ -54,10 +55,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--float32", action="store_true", help="train in float32 instead of bfloat16")
     parser.add_argument("--output", default=NAME)
     options = parser.parse_args()
-    result = read_results(options.output) if (RESULTS / options.output).exists() else {"config": CONFIG, "runs": []}
-    if result["config"] != CONFIG:
+    training = {**TRAINING, "bf16": not options.float32}
+    config = {"training": training, "max_length": MAX_LENGTH, "test_rows": TEST_ROWS}
+    result = read_results(options.output) if (RESULTS / options.output).exists() else {"config": config, "runs": []}
+    if result["config"] != config:
         raise SystemExit(f"{options.output} holds runs of another configuration; move it away to start anew.")
     done = {key(entry) for entry in result["runs"]}
     wanted = [
@@ -70,13 +74,14 @@ def main() -> None:
     ]
     for folder, shots, seed in {job[:3] for job in wanted}:
         try:
-            len(cell_of(folder, shots, seed).labelled)  # refuses now what it would refuse in the middle of the study
+            # Refuses now what it would refuse in the middle of the study.
+            len(cell_of(folder, shots, seed, training).labelled)
         except RecipeError as error:
             raise SystemExit(f"{folder.name}: {error}") from error
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        waiting = [pool.submit(run, *job) for job in wanted]
+        waiting = [pool.submit(run, *job, training) for job in wanted]
         for number, future in enumerate(as_completed(waiting), 1):
             entry = future.result()
             result["runs"].append(entry)

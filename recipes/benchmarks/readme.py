@@ -208,6 +208,14 @@ def quality() -> str:
 
 
 def oracle() -> str:
+    return _beside_oracle("quality.json")
+
+
+def embedded() -> str:
+    return _beside_oracle("quality_embedded.json")
+
+
+def _beside_oracle(name: str) -> str:
     lines = ["| data, labelled texts | draws | plain | auto | auto beside plain | best λ | auto beside it |"]
     lines.append("|---|---|---|---|---|---|---|")
 
@@ -217,7 +225,7 @@ def oracle() -> str:
     def added(found: dict[str, Any]) -> str:
         return " / ".join(f"{found[s]['auto_adds']:+.3f}{give_or_take(found[s]['error'])}" for s in SHOWN)
 
-    summary = read_results("quality.json")["summary"]
+    summary = read_results(name)["summary"]
     for row in summary["oracle"]:
         scores = [" / ".join(f"{row[score][name]:.3f}" for score in SHOWN) for name in ("plain", "auto")]
         texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
@@ -252,6 +260,7 @@ def auto_cost() -> str:
 SECTIONS = {
     "quality": quality,
     "oracle": oracle,
+    "embedded": embedded,
     "auto_cost": auto_cost,
     "main_job": main_job,
     "speed": speed,
