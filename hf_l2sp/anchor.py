@@ -16,7 +16,6 @@ from .backends import Backend
 from .penalty import PenaltySums, Term
 from .plan import PlanEntry, build_plan
 from .provenance import Provenance, examine
-from .slope import Slope, slope
 from .source import SourceWeights, load_source, mapped_source
 from .storage import Storage
 
@@ -176,10 +175,6 @@ class Anchor(AnchorValues):
             return sums
         more = apply_low_rank(low_rank, self.backend, coefficient, gradient)
         return PenaltySums(*(torch.cat([a.to(b), b]) for a, b in zip(sums, more, strict=True)))
-
-    def slope(self) -> Slope:
-        """⟨∇L, θ − θ0⟩ from the live gradients, and Σ w‖θ − θ0‖²; over all that is pulled, and all ranks."""
-        return slope(self.terms(), self.active_low_rank(), self.backend)
 
     def new_terms(self) -> list[Term]:
         """The summands ‖θ_new‖² that act now."""

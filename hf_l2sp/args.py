@@ -36,12 +36,10 @@ class L2SPArguments:
         l2sp_lambda (`float`, defaults to `0.01`):
             λ. 0 switches everything off: no anchor, no memory, the run is that of `Trainer` bit for bit.
         l2sp_schedule (`str`, defaults to `"constant"`):
-            Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` finds λ while training,
-            from examples that are not trained on: those of the `eval_dataset`, or, where none is given, some 1.2·√N
-            of the training examples (fewer in under 20 epochs), which are trained on like the others after a third to
-            a half of the steps. For the first fifth λ is 0.05 where examples have one class each and are seen twenty
-            times or more, less in fewer epochs, else next to 0, whatever `l2sp_lambda` says; of fewer than 20
-            training examples none are held out, and λ is `l2sp_lambda`. Not with context or sequence parallelism.
+            Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` finds λ from the training
+            loss: next to 0 until that is a twentieth of the entropy of the labels (of the largest loss, where labels
+            are no classes), then the larger the smaller the loss, 0.3 at most. It takes no validation data, and
+            whatever `l2sp_lambda` says, as long as it is not 0, does not enter.
         l2sp_mode (`str`, defaults to `"loss"`):
             `loss`: the penalty is part of the objective. `decoupled`: the optimizer step begins with
             θ ← θ − lr·2·λ·w·(θ − θ0) (and θ_new ← θ_new − lr·2·β·θ_new), as AdamW decays; it is neither clipped nor
@@ -105,7 +103,7 @@ class L2SPArguments:
         default="constant",
         metadata={
             "help": "Course of λ: constant, or linear/cosine from λ to 0 over training, or auto: found "
-            "from held-out examples while training."
+            "from the training loss."
         },
     )
     l2sp_mode: Literal["loss", "decoupled"] = field(

@@ -143,6 +143,7 @@ class L2SPOutputs:
 
     def _l2sp_state(self) -> dict[str, Any]:
         assert self.l2sp_anchor is not None
+        self._l2sp_update_auto()  # type: ignore[attr-defined]
         strength = schedule_state(
             self._l2sp_arg("l2sp_schedule"),
             float(self._l2sp_arg("l2sp_lambda")),

@@ -239,6 +239,7 @@ class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpol
             self._l2sp_in_step = False
         # Set by the training loop before each micro-batch: true for the last one of a window, be it a short one.
         if not self.accelerator.sync_gradients:
+            self._l2sp_note_loss(loss)
             return loss
         _trained_models.add(unwrap(self.model))
         if self._l2sp_decoupled:
@@ -247,6 +248,7 @@ class L2SPMixin(L2SPAutoMixin, L2SPDecoupledMixin, L2SPFisherMixin, L2SPInterpol
             penalty, self._l2sp_stepped = self._l2sp_stepped, None
         else:
             penalty = self._l2sp_add_penalty()
+        self._l2sp_note_loss(loss)
         if penalty is None:
             raise RuntimeError(
                 "DeepSpeed took a step without L2-SP's penalty. Was the engine replaced during training? Let the "

@@ -208,12 +208,6 @@ class Backend:
             "wait": self.accelerator.wait_for_everyone,
         }
 
-    def measured(self, loss: Tensor, measure: Callable[[], Found]) -> Found:
-        """What is found in the gradients of a loss, which carry `grad_scale`; the caller clears them."""
-        scale = self.grad_scale()
-        (loss if scale is None else loss * scale.to(loss.device)).backward()
-        return measure()
-
     def before_step(self, callback: Callable[[], None]) -> None:
         """Calls back before each optimizer step that the engine takes within backward."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..naming import unwrap
 from ..penalty import Term
-from .base import NOTHING, WHOLE, Backend, Found, Region, not_differentiable
+from .base import NOTHING, WHOLE, Backend, Region, not_differentiable
 
 
 class DeepSpeedBackend(Backend):
@@ -135,21 +134,6 @@ class DeepSpeedBackend(Backend):
         scale = scaler.get_scale() if scaler is not None else getattr(optimizer, "loss_scale", 1.0)
         return None if scale == 1.0 else torch.tensor(float(scale), device=self.accelerator.device)
 
-    def measured(self, loss: Tensor, measure: Callable[[], Found]) -> Found:
-        # Gradients are put away in many places, by stage, precision and offload. The step clears all of them as this
-        # version wants it; without the optimizer inside, and with the loss scale kept, it changes nothing else.
-        engine = self._engine
-        engine.set_gradient_accumulation_boundary(is_boundary=True)
-        engine.backward(loss, scale_wrt_gas=False)
-        found = measure()
-        with ExitStack() as stack:
-            for owner, name in ((engine.optimizer, "_update_scale"), (engine.basic_optimizer, "step")):
-                if hasattr(owner, name):
-                    stack.enter_context(_without(owner, name))
-            engine.optimizer.step()
-            engine.optimizer.zero_grad()
-        return found
-
     def before_step(self, callback: Callable[[], None]) -> None:
         engine = self._engine
         step = getattr(engine.step, "__wrapped__", engine.step)  # a later training loop brings its own callback
@@ -160,17 +144,3 @@ class DeepSpeedBackend(Backend):
 
         step_after_callback.__wrapped__ = step  # type: ignore[attr-defined]
         engine.step = step_after_callback
-
-
-@contextmanager
-def _without(owner: Any, method: str) -> Iterator[None]:
-    """A method of this one object that does nothing meanwhile."""
-    before = vars(owner).get(method)
-    setattr(owner, method, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, method)
-        else:
-            setattr(owner, method, before)

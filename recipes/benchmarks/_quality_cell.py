@@ -51,7 +51,6 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 8,
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
-    "bf16": True,
 }
 MAX_LENGTH = 64
 TEST_ROWS = 400
@@ -65,13 +64,13 @@ class Cell:
         folder: Folder with train.jsonl and test.jsonl of `text` and `label`.
         shots: Labelled texts per class; 0: all.
         seed: Of the draw, the head and the order.
-        training: What all methods have in common that do not say otherwise.
+        bf16: Whether to train in bfloat16, or in float32.
     """
 
     folder: Path
     shots: int
     seed: int
-    training: dict[str, Any]
+    bf16: bool
 
     @cached_property
     def labelled(self) -> Any:
@@ -141,12 +140,12 @@ class Cell:
             optimizer: Makes one for the model. Default: AdamW of the arguments.
             trainer_class: Of the trainer.
             callbacks: Of the trainer.
-            **settings: Arguments beside those in common.
+            **settings: Arguments beside TRAINING.
         """
         model = self.model() if model is None else model
         train, validation = (self.train, None) if data is None else data
         with tempfile.TemporaryDirectory() as folder:
-            chosen = {**self.training, "logging_steps": 10, **settings}
+            chosen = {**TRAINING, "bf16": self.bf16, "logging_steps": 10, **settings}
             args = L2SPTrainingArguments(**passing(folder, self.seed), **chosen)
             trainer = trainer_class(
                 model=model,
@@ -213,11 +212,11 @@ class EntityCell(Cell):
         return {**words, "f1_macro": entities["f1_macro"]}
 
 
-def cell_of(folder: Path, shots: int, seed: int, training: dict[str, Any]) -> Cell:
+def cell_of(folder: Path, shots: int, seed: int, bf16: bool) -> Cell:
     """The cell of a data set, by what its rows have."""
     with open(folder / "train.jsonl", encoding="utf-8") as file:
         kind = EntityCell if "tokens" in json.loads(file.readline()) else Cell
-    return kind(folder, shots, seed, training)
+    return kind(folder, shots, seed, bf16)
 
 
 def course(trainer: Trainer) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ import torch
 from _quality_cell import TRAINING, Cell, course
 from _quality_evidence import EvidenceTrainer
 from _quality_rivals import AdamSPD, RecAdam, freeze_below, layer_groups, with_pretrained
+from _quality_slopes import SlopeTrainer
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_l2sp import L2SPTrainer
@@ -125,10 +126,13 @@ def _methods() -> dict[str, Method]:
         # As many as the rows are taken where there are less.
         methods[f"Fisher {strength:g}"] = method(fitted, l2sp_lambda=strength, l2sp_fisher_samples=256)
     methods["evidence"] = method(fitted, trainer_class=EvidenceTrainer, l2sp_lambda=0.1)
+    slopes = {"trainer_class": SlopeTrainer, "l2sp_lambda": 0.01}
+    methods["held-out slope"] = method(fitted, **slopes)
+    methods["validation slope"] = method(validated, **slopes)
+    methods["validation slope, interpolated"] = method(interpolated, **slopes)
     methods["auto"] = method(fitted, l2sp_schedule="auto")
     for start in (0.001, 10.0):
         methods[f"auto from {start:g}"] = method(fitted, l2sp_schedule="auto", l2sp_lambda=start)
-    methods["auto, validation"] = method(validated, l2sp_schedule="auto")
     methods["auto, interpolated"] = method(interpolated, l2sp_schedule="auto")
     # So little that it only keeps θ0.
     methods["plain, interpolated"] = method(interpolated, l2sp_lambda=1e-6)

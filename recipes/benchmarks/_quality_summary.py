@@ -8,8 +8,6 @@ from typing import Any
 
 from _paired import paired_in_groups, spread
 
-from hf_l2sp.held_out import FEWEST_ROWS
-
 SHOWN = ("f1_macro", "nll", "ece")
 HIGHER_IS_BETTER = ("f1_macro",)
 # By seed, of one method in one cell.
@@ -117,14 +115,10 @@ def overall(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def strengths(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per data set and shots: λ of auto in the second half of training, in the mean over steps, by draw.
-
-    Without those where auto had too few rows to hold any out.
-    """
+    """A row per data set and shots: λ of auto in the second half of training, in the mean over steps, by draw."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for run in runs:
-        found = run["method"] == "auto" and run["rows"] >= FEWEST_ROWS
-        course = run["course"]["l2sp_lambda"] if found else []
+        course = run["course"]["l2sp_lambda"] if run["method"] == "auto" else []
         if course:
             row = rows.setdefault(
                 (run["data"], run["shots"]), {"data": run["data"], "shots": run["shots"], "rows": [], "lambda": []}

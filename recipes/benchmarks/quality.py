@@ -1,14 +1,14 @@
 """Which method, which λ: data sets × shots × seeds × methods, paired by seed.
 
     python recipes/benchmarks/quality.py --data FOLDER [--sets medical_abstracts ...] [--shots 8 16] [--seeds 5] \
-        [--methods plain "l2sp 0.1" ...] [--workers 2] [--float32 --output quality_other.json]
+        [--methods plain "l2sp 0.1" ...] [--workers 2] [--float32]
 
 FOLDER holds a folder per data set with train.jsonl and test.jsonl of `text` and `label`, or of `tokens` and
 `ner_tags`. A seed draws the labelled texts and sets the head's first values and the order of batches. A run that is in
 the results already is not repeated, so that a killed study goes on where it was. Methods are those of
 _quality_methods.py, the settings all of them share those of _quality_cell.py.
-Where a CPU has no instructions for bfloat16 it is many times slower than float32: --float32 trains without it, into a
-file of its own.
+Where a CPU has no instructions for bfloat16 it is many times slower than float32: --float32 trains without it. Every
+run says which it was.
 Writes results/quality.json with a summary, results/quality.png and results/quality_lambda.png.
 """
 
@@ -29,17 +29,25 @@ from _quality_summary import summary
 from transformers.utils import logging
 
 NAME = "quality.json"
+CONFIG = {"training": TRAINING, "max_length": MAX_LENGTH, "test_rows": TEST_ROWS}
 Key = tuple[str, int, int, str]
 
 
-def run(folder: Path, shots: int, seed: int, method: str, training: dict[str, Any]) -> dict[str, Any]:
+def run(folder: Path, shots: int, seed: int, method: str, bf16: bool) -> dict[str, Any]:
     """One training, in a process of its own."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    cell = cell_of(folder, shots, seed, training)
+    cell = cell_of(folder, shots, seed, bf16)
     found, seconds = timed(lambda: METHODS[method](cell))
-    about = {"data": folder.name, "shots": shots, "seed": seed, "method": method, "rows": len(cell.train)}
+    about = {
+        "data": folder.name,
+        "shots": shots,
+        "seed": seed,
+        "method": method,
+        "rows": len(cell.train),
+        "bf16": bf16,
+    }
     return {**about, **found, "cpu_seconds": round(seconds, 1)}
 
 
@@ -58,10 +66,8 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="train in float32 instead of bfloat16")
     parser.add_argument("--output", default=NAME)
     options = parser.parse_args()
-    training = {**TRAINING, "bf16": not options.float32}
-    config = {"training": training, "max_length": MAX_LENGTH, "test_rows": TEST_ROWS}
-    result = read_results(options.output) if (RESULTS / options.output).exists() else {"config": config, "runs": []}
-    if result["config"] != config:
+    result = read_results(options.output) if (RESULTS / options.output).exists() else {"config": CONFIG, "runs": []}
+    if result["config"] != CONFIG:
         raise SystemExit(f"{options.output} holds runs of another configuration; move it away to start anew.")
     done = {key(entry) for entry in result["runs"]}
     wanted = [
@@ -75,13 +81,13 @@ def main() -> None:
     for folder, shots, seed in {job[:3] for job in wanted}:
         try:
             # Refuses now what it would refuse in the middle of the study.
-            len(cell_of(folder, shots, seed, training).labelled)
+            len(cell_of(folder, shots, seed, not options.float32).labelled)
         except RecipeError as error:
             raise SystemExit(f"{folder.name}: {error}") from error
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        waiting = [pool.submit(run, *job, training) for job in wanted]
+        waiting = [pool.submit(run, *job, not options.float32) for job in wanted]
         for number, future in enumerate(as_completed(waiting), 1):
             entry = future.result()
             result["runs"].append(entry)

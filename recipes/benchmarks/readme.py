@@ -208,14 +208,6 @@ def quality() -> str:
 
 
 def oracle() -> str:
-    return _beside_oracle("quality.json")
-
-
-def embedded() -> str:
-    return _beside_oracle("quality_embedded.json")
-
-
-def _beside_oracle(name: str) -> str:
     lines = ["| data, labelled texts | draws | plain | auto | auto beside plain | best λ | auto beside it |"]
     lines.append("|---|---|---|---|---|---|---|")
 
@@ -225,7 +217,7 @@ def _beside_oracle(name: str) -> str:
     def added(found: dict[str, Any]) -> str:
         return " / ".join(f"{found[s]['auto_adds']:+.3f}{give_or_take(found[s]['error'])}" for s in SHOWN)
 
-    summary = read_results(name)["summary"]
+    summary = read_results("quality.json")["summary"]
     for row in summary["oracle"]:
         scores = [" / ".join(f"{row[score][name]:.3f}" for score in SHOWN) for name in ("plain", "auto")]
         texts = f"{row['data']}, {'all' if row['shots'] == 0 else str(row['shots']) + ' per class'}"
@@ -252,7 +244,7 @@ def auto_cost() -> str:
     lines.append("|---|---|---|")
     for case, found in result["cases"].items():
         memory = f"{found['memory_mib']:+.1f} MiB ({found['memory_percent_of_model']:+.1f} % of the model)"
-        lines.append(f"| {case} | {found['time_percent']:.1f} % | {memory} |")
+        lines.append(f"| {case} | {found['time_percent']:.2f} % | {memory} |")
     lines.append(f"\n{result['what']}.")
     return "\n".join(lines)
 
@@ -260,7 +252,6 @@ def auto_cost() -> str:
 SECTIONS = {
     "quality": quality,
     "oracle": oracle,
-    "embedded": embedded,
     "auto_cost": auto_cost,
     "main_job": main_job,
     "speed": speed,

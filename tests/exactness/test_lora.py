@@ -265,36 +265,3 @@ def test_weight_decay_leaves_the_factors_alone(tiny_bert_dir, classification_dat
     decayed = {n for g in trainer.optimizer.param_groups if g["weight_decay"] for n in map(id, g["params"])}
     names = {name for name, p in trainer.model.named_parameters() if id(p) in decayed}
     assert names == {"base_model.model.classifier.modules_to_save.default.weight"}  # new: nothing else pulls it
-
-
-@pytest.mark.parametrize("name", ["r8", "two-adapters", "rslora-patterns", "lora-bias", "saved-module", "weights"])
-def test_slope_is_that_along_the_change_of_the_effective_weight(name, tiny_bert_dir, classification_data):
-    """⟨∇L, θ − θ0⟩ by autograd: what is added to the base weights grows from nothing to what it is."""
-    case = CASES[name]
-    model = make(tiny_bert_dir, case)().double().eval()
-    anchor = Anchor.from_model(model, weights=case.arguments.get("l2sp_weights"))
-    start = snapshot(model)
-    train(model, size=0.5)
-    end = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    kept = {
-        key for key in end if model.get_parameter(key).requires_grad and "lora_" not in key and "classifier" not in key
-    }
-    assert bool(kept) == (name == "saved-module")
-    batch = {key: torch.stack([row[key] for row in classification_data]) for key in classification_data[0]}
-
-    def loss(share):
-        values = dict(end)
-        for key, value in end.items():
-            if "lora_B" in key:
-                values[key] = share * value
-            elif key in kept:
-                first = start[key].double()
-                values[key] = first + share * (value - first)
-        return torch.func.functional_call(model, values, kwargs=batch).loss
-
-    share = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(loss(share), share)
-    model(**batch).loss.backward()
-    found = anchor.slope()
-    assert float(found.along) == pytest.approx(float(expected), rel=1e-9, abs=0.0) and abs(expected) > 1e-5
-    assert float(found.squared) == pytest.approx(float(anchor.apply(0.0, gradient=False).total), rel=1e-12)
