@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/auto_cost.py [--repeats 3]
 
-MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows and with 1,000; and 20 steps of a BERT base.
-Every run is a process of its own; the time is that spent on the labels' entropy, the losses and λ, against the rest of
+MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows and with 1,000. Every run is a
+process of its own; the time is that spent on the labels' entropy, the losses and λ, against the rest of
 the training in the same process, so that other load on the machine falls on both. Memory is the peak of anonymous
 memory of /proc/self/status, hence on Linux only, in processes of their own in which what is freed goes back to the
 system in small pieces, too: a batch of another size leaves gaps in the heap, which would be counted. Writes
@@ -17,41 +17,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _bench import embedded_model, environment, in_a_process, write_results
 from datasets import Dataset
 from memory import MIB, Peak
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 
-STEPS, BASE_STEPS, BATCH, LENGTH, CLASSES = 50, 20, 16, 64, 5
+STEPS, BATCH, LENGTH, CLASSES = 50, 16, 64, 5
 PIECE = 1 << 14
 
 
-class Case(NamedTuple):
-    """What is trained, and on how much."""
-
-    rows: int
-    steps: int = STEPS
-    base: bool = False  # a BERT base with random weights instead of MiniLM
-
-    def model(self) -> PreTrainedModel:
-        torch.manual_seed(0)
-        if self.base:
-            return BertForSequenceClassification(BertConfig(num_labels=CLASSES))
-        return AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=CLASSES)
-
-
-CASES = {
-    "40 rows": Case(40),
-    "1000 rows": Case(1000),
-    "40 rows, BERT base": Case(40, steps=BASE_STEPS, base=True),
-}
+# Training rows.
+CASES = {"40 rows": 40, "1000 rows": 1000}
 
 
 def random_rows(count: int) -> Dataset:
@@ -85,24 +68,24 @@ class TimedTrainer(L2SPTrainer):
 
 def measure(schedule: str, case: str) -> dict[str, Any]:
     """One training."""
-    chosen = CASES[case]
     peak = Peak()
     peak.start()
-    model = chosen.model()
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=CLASSES)
     model.accepts_loss_kwargs = False
     with tempfile.TemporaryDirectory() as folder:
         args = L2SPTrainingArguments(
             output_dir=folder,
             l2sp_schedule=schedule,
             learning_rate=2e-4,
-            max_steps=chosen.steps,
+            max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
             use_cpu=True,
         )
-        trainer = TimedTrainer(model=model, args=args, train_dataset=random_rows(chosen.rows))
+        trainer = TimedTrainer(model=model, args=args, train_dataset=random_rows(CASES[case]))
         start = time.perf_counter()
         trainer.train()
         taken = time.perf_counter() - start
@@ -139,10 +122,7 @@ def main() -> None:
             "memory_percent_of_model": 100 * added / timed[0]["model"],
         }
         print(case, {name: round(value, 2) for name, value in found[case].items()}, flush=True)
-    what = (
-        f"MiniLM-L6 (22.7M parameters), {STEPS} steps of {BATCH} x {LENGTH}, and BERT base (110M), {BASE_STEPS} "
-        f"steps; fp32, median of {options.repeats}"
-    )
+    what = f"MiniLM-L6 (22.7M parameters), {STEPS} steps of {BATCH} x {LENGTH}; fp32, median of {options.repeats}"
     path = write_results("auto_cost.json", {"what": what, "cases": found, "environment": environment()})
     print(f"written to {path}")
 
