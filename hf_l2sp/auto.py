@@ -28,8 +28,8 @@ class AutoStrength:
     the loss smaller is larger logits. Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training
     Error?" (2020), keep the loss at such a level by turning its gradient round; here the pull to θ0 does.
 
-    The rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come near 0,
-    as with label smoothing, leaves λ next to 0.
+    The rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come near
+    0, as with label smoothing, leaves λ next to 0.
 
     Attributes:
         entropy: Of the labels, in units of the loss; infinite where it is not known. δ is relative to it, or to the
