@@ -64,8 +64,7 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(self.entropy, self.largest)
-        wanted = LARGEST * max(0.0, 1.0 - average / fitted) if fitted > 0.0 else 0.0
-        self.value = max(SMALLEST, wanted)
+        self.value = max(SMALLEST, LARGEST * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
         return self.value
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .auto import AutoStrength
+from .fisher_rows import NO_LABEL
 from .state import read_state
 from .traceless import own_randomness
 
 # Training examples of whose labels the entropy is taken.
 LABELLED_ROWS = 256
-# Labels that the loss leaves out.
-_IGNORED = -100
 
 
 class L2SPAutoMixin:
@@ -96,6 +95,6 @@ def label_entropy(labels: Tensor) -> float:
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         return math.inf
-    counts = labels[labels != _IGNORED].unique(return_counts=True)[1].to(torch.float64)
+    counts = labels[labels != NO_LABEL].unique(return_counts=True)[1].to(torch.float64)
     shares = counts / counts.sum()
     return float(-(shares * shares.log()).sum()) if len(counts) else math.inf

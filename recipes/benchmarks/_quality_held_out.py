@@ -1,4 +1,4 @@
-"""Rows that `l2sp_schedule="auto"` measures on: which ones, when training gets them back, and in what portions."""
+"""Rows that the held-out slope is measured on: which ones, when training gets them back, and in what portions."""
 
 from __future__ import annotations
 

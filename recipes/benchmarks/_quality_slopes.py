@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import torch
-from _quality_held_out import BUDGET, EVALUATION_BUDGET, HeldOut, HeldOutSampler, Portions, by_heart, hold_out
+from _quality_held_out import (
+    BUDGET,
+    EVALUATION_BUDGET,
+    EVALUATION_ROWS,
+    HeldOut,
+    HeldOutSampler,
+    Portions,
+    by_heart,
+    hold_out,
+)
 from torch import Tensor
 
 from hf_l2sp import L2SPTrainer
@@ -67,7 +77,8 @@ class SlopeTrainer(L2SPTrainer):
         rows, steps = len(loader.dataset), self.args.max_steps
         draws = steps * self.args.per_device_train_batch_size
         if self.eval_dataset is not None:
-            self.rows = list(range(len(self.eval_dataset)))
+            given = len(self.eval_dataset)
+            self.rows = random.Random(self.args.seed).sample(range(given), min(given, EVALUATION_ROWS))
             self.portions = Portions.plan(len(self.rows), draws // steps, steps, 1.0, EVALUATION_BUDGET, 1)
         else:
             labels = self.train_dataset["labels"]
