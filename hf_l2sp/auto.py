@@ -10,8 +10,10 @@ from typing import Any
 SMALLEST = 1e-6
 # With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
 LARGEST = 0.3
-# Part of the labels' entropy: a training loss below it is that of labels learned by heart.
-FITTED = 0.05
+# Part of the labels' entropy: a training loss below it is that of labels learned by heart, if θ0 says nothing of them.
+FITTED = 0.1
+# Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
+UNKNOWN = 0.7
 # Optimizer steps that the moving average of the loss looks back on: part of the training, and the fewest.
 SPAN, SHORTEST = 1 / 16, 4
 
@@ -20,8 +22,10 @@ SPAN, SHORTEST = 1 / 16, 4
 class AutoStrength:
     """λ from the loss that is trained on: next to 0 until the examples are fitted, the larger the better they are.
 
-    With L the moving average of the training loss and δ = `FITTED` times the entropy of the labels,
-    λ = `LARGEST` · max(0, 1 − L/δ). This is the discrepancy principle (Morozov, "On the Solution of Functional
+    With L the moving average of the training loss and δ = `FITTED` · u² times the entropy of the labels,
+    λ = `LARGEST` · max(0, 1 − L/δ). u is the share of the labels' variance that θ0's representations leave unexplained
+    (`press.unexplained`): 1 where all that is learned is by heart, next to 0 where θ0 tells the classes apart and a
+    small loss is well earned. This is the discrepancy principle (Morozov, "On the Solution of Functional
     Equations by the Method of Regularization", Soviet Mathematics Doklady 7, 1966): a model should not be fitted to
     its data better than the noise in them allows, and of all that are fitted as well, the one nearest to the prior
     guess, here θ0, is to be taken. Below δ a training set says next to nothing of the model any more; what still makes
@@ -34,6 +38,7 @@ class AutoStrength:
     Attributes:
         entropy: Of the labels, in units of the loss; infinite where it is not known. δ is relative to it, or to the
             largest average of the loss so far, if that is less.
+        unexplained: u.
         value: λ now.
         loss: Moving average of the training loss, that began at 0.
         weight: Sum of the average's weights.
@@ -41,6 +46,7 @@ class AutoStrength:
     """
 
     entropy: float = math.inf
+    unexplained: float = UNKNOWN
     value: float = SMALLEST
     loss: float = 0.0
     weight: float = 0.0
@@ -63,7 +69,7 @@ class AutoStrength:
         self.weight += new * (1.0 - self.weight)
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
-        fitted = FITTED * min(self.entropy, self.largest)
+        fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
         self.value = max(SMALLEST, LARGEST * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
         return self.value
 
@@ -80,7 +86,7 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            numbers = {name: float(state[name]) for name in ("value", "loss", "weight", "largest")}
+            numbers = {name: float(state[name]) for name in ("unexplained", "value", "loss", "weight", "largest")}
             entropy = math.inf if state["entropy"] is None else float(state["entropy"])
             return cls(entropy=entropy, **numbers)
         except (KeyError, TypeError, ValueError) as error:

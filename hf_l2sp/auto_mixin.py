@@ -1,23 +1,34 @@
-"""`l2sp_schedule="auto"` in a trainer: the entropy of its labels, the loss of every optimizer step, λ from both."""
+"""`l2sp_schedule="auto"` in a trainer: what θ0 knows of its labels, the loss of every optimizer step, λ from both."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sized
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils import logging
 
 from .auto import AutoStrength
 from .fisher_rows import NO_LABEL
+from .naming import unwrap
+from .press import unexplained
+from .representations import Represented, represented
 from .state import read_state
-from .traceless import own_randomness
+from .traceless import evaluated, own_randomness
+
+if TYPE_CHECKING:
+    from .anchor import Anchor
+
+logger = logging.get_logger(__name__)
 
 # Training examples of whose labels the entropy is taken.
 LABELLED_ROWS = 256
+# Those among them that θ0 is run on, as part of all that the training runs on, and how many words there may be.
+LOOKED_AT, WORDS = 0.03, 512
 
 
 class L2SPAutoMixin:
@@ -27,6 +38,8 @@ class L2SPAutoMixin:
     state: Any
     _l2sp_auto: AutoStrength | None = None
     _l2sp_loader: DataLoader[Any] | None = None
+    # Whose labels are still to be looked at.
+    _l2sp_unseen: DataLoader[Any] | None = None
     # Loss of the micro-batches so far of the step that is under way; of the last whole one, before it is taken up.
     _l2sp_partial: Tensor | None = None
     _l2sp_loss: Tensor | None = None
@@ -42,29 +55,85 @@ class L2SPAutoMixin:
 
     def _l2sp_begin_auto(self, checkpoint: str | None) -> None:
         """At the start of training: λ next to 0, or as the checkpoint left it."""
-        self._l2sp_auto = self._l2sp_partial = self._l2sp_loss = None
+        self._l2sp_auto = self._l2sp_unseen = self._l2sp_partial = self._l2sp_loss = None
+        loader, self._l2sp_loader = self._l2sp_loader, None
         if not self._l2sp_is_auto:
             return
         state = None if checkpoint is None else read_state(checkpoint)
         kept = None if state is None else state.get("strength", {}).get("auto")
         if kept is None:
-            self._l2sp_auto = AutoStrength(self._l2sp_label_entropy())
+            self._l2sp_auto, self._l2sp_unseen = AutoStrength(), loader
         else:
             self._l2sp_auto = AutoStrength.from_state(kept)
-        self._l2sp_loader = None
 
-    def _l2sp_label_entropy(self) -> float:
-        """Of the labels of some training rows, as the loader would give them; infinite where they are no classes."""
-        loader = self._l2sp_loader
-        if loader is None or not isinstance(loader.dataset, Sized) or isinstance(loader.dataset, IterableDataset):
-            return math.inf
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # Called at the begin of every optimizer step; of the first one, the model is prepared and still at θ0.
+        loader, self._l2sp_unseen = self._l2sp_unseen, None
+        if self._l2sp_auto is not None and loader is not None:
+            self._l2sp_look_at_labels(self._l2sp_auto, loader)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def _l2sp_look_at_labels(self, auto: AutoStrength, loader: DataLoader[Any]) -> None:
+        """Of some training rows, as the loader would give them: entropy, and what θ0's representations leave open."""
+        if not isinstance(loader.dataset, Sized) or isinstance(loader.dataset, IterableDataset):
+            return
         data: Any = loader.dataset
         rows = random.Random(self.args.seed).sample(range(len(data)), min(len(data), LABELLED_ROWS))
         with own_randomness(self.args.seed):  # a collator may draw masks
-            batch: Any = loader.collate_fn([data[row] for row in rows])
+            labels = self._l2sp_labels(loader.collate_fn([data[row] for row in rows]))
+            if labels is None:
+                return
+            auto.entropy = label_entropy(labels)
+            share = self._l2sp_unexplained(loader, rows)
+        if share is not None:
+            # Over processes that saw the same, but may have rounded in other ways.
+            found = torch.tensor(share, device=self.args.device)
+            auto.unexplained = float(self.accelerator.reduce(found, "mean"))  # type: ignore[attr-defined]
+        logger.info(
+            f"l2sp_schedule='auto': labels of {auto.entropy:.3g} nats, of whose variance the pretrained model's "
+            f"representations leave {auto.unexplained:.0%} unexplained{'' if share is not None else ' (assumed)'}."
+        )
+
+    def _l2sp_labels(self, batch: Any) -> Tensor | None:
         named = batch if isinstance(batch, Mapping) else {}
         labels = next((named[name] for name in self.label_names if name in named), None)  # type: ignore[attr-defined]
-        return label_entropy(labels) if isinstance(labels, Tensor) else math.inf
+        return labels if isinstance(labels, Tensor) else None
+
+    def _l2sp_unexplained(self, loader: DataLoader[Any], rows: Sequence[int]) -> float | None:
+        """See `unexplained`; None where it is not known. All processes look at the same rows."""
+        anchor: Anchor | None = self.l2sp_anchor  # type: ignore[attr-defined]
+        assert anchor is not None
+        if self._l2sp_shared("cp") * self._l2sp_shared("sp") > 1:
+            return None  # a process may have no room for whole texts
+        size = int(self._train_batch_size or self.args.train_batch_size)  # type: ignore[attr-defined]
+        together = max(1, self.args.world_size // self._l2sp_shared("tp"))
+        trained_on = self.state.max_steps * size * self.args.gradient_accumulation_steps * together
+        rows = rows[: int(LOOKED_AT * trained_on)]
+        bare = unwrap(self.model)  # type: ignore[attr-defined]
+        model = self.model_wrapped if anchor.backend.sharded else bare  # type: ignore[attr-defined]
+        found: list[Represented] = []
+        words = 0
+        with torch.no_grad(), evaluated(bare):
+            for start in range(0, len(rows), size):
+                batch = loader.collate_fn([loader.dataset[row] for row in rows[start : start + size]])
+                batch = self._prepare_inputs(batch)  # type: ignore[attr-defined]
+                labels = self._l2sp_labels(batch)
+                with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                    part = None if labels is None else represented(model, batch, labels)
+                if part is None:
+                    return None
+                found.append(part._replace(examples=part.examples + start))
+                words += len(part.features)
+                if words >= WORDS:
+                    break
+        if not found:
+            return None
+        features, targets, examples = (torch.cat(parts)[:WORDS].cpu() for parts in zip(*found, strict=True))
+        return unexplained(features, targets, examples)
+
+    def _l2sp_shared(self, kind: str) -> int:
+        """Size of a dimension of parallelism; 1 where this version of transformers does not know it."""
+        return int(getattr(self, f"get_{kind}_size", lambda: 1)())
 
     def _l2sp_note_loss(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch, which is its share of that of the step."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from transformers.utils import logging
 from .backends import full_shape
 from .fisher_rows import Row, has_label, rows_of, trimmed, with_drawn_labels
 from .naming import canonical_name, unwrap
-from .traceless import own_randomness
+from .traceless import evaluated, own_randomness
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +105,7 @@ def squared_gradients(
     length = max_batches if length is None else min(length, length if max_batches is None else max_batches)
     total = _Total(bare)
     draw = torch.Generator().manual_seed(seed)
-    with _evaluated(bare), own_randomness(seed), torch.enable_grad():
+    with evaluated(bare), own_randomness(seed), torch.enable_grad():
         shown = logging.tqdm(islice(batches, max_batches), total=length, desc="Fisher", disable=not progress)
         for batch in shown:
             rows = [trimmed(row, bare) for row in rows_of(batch, total.device)]
@@ -239,15 +238,3 @@ def _loss_of(output: Any) -> Tensor:
             "'labels', for most models), or a model with a head for the task."
         )
     return loss
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

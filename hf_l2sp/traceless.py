@@ -1,4 +1,4 @@
-"""What a look at the model in between takes from a training, and gives back: random numbers, collected metrics."""
+"""What a look at the model in between takes from a training, and gives back: randomness, modes, collected metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -40,3 +41,15 @@ def own_metrics(trainer: Any) -> Iterator[None]:
     finally:
         if kept is not None:
             trainer._metrics = kept
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

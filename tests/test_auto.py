@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import datasets
 import pytest
@@ -11,8 +12,9 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import FITTED, LARGEST, SHORTEST, SMALLEST, SPAN, AutoStrength
-from hf_l2sp.auto_mixin import label_entropy
+from hf_l2sp.auto import FITTED, LARGEST, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
+from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
+from hf_l2sp.press import unexplained
 
 from .helpers import quick
 
@@ -24,18 +26,18 @@ STEPS = 80
 def test_it_is_its_formula():
     """Written out: the bias-corrected moving average, the hinge."""
     losses = [1.6, 1.5, 1.1, 0.4, 0.1, 0.05, 0.02, 0.03, 0.2, 0.01]
-    auto = AutoStrength(entropy=1.5)
+    auto = AutoStrength(entropy=1.5, unexplained=0.8)
     memory = 1 - 1 / max(SHORTEST, SPAN * STEPS)
     for count in range(1, len(losses) + 1):
         weights = [memory ** (count - 1 - number) for number in range(count)]
         average = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
-        expected = max(SMALLEST, LARGEST * (1 - average / (FITTED * 1.5)))
+        expected = max(SMALLEST, LARGEST * (1 - average / (FITTED * 0.8**2 * 1.5)))
         assert math.isclose(auto.update(losses[count - 1], STEPS), expected, rel_tol=1e-9)
     assert auto.loss / auto.weight == pytest.approx(average)
 
 
 def test_it_is_off_until_the_examples_are_fitted():
-    auto = AutoStrength(entropy=1.0)
+    auto = AutoStrength(entropy=1.0, unexplained=1.0)
     for _ in range(200):
         assert auto.update(1.01 * FITTED, STEPS) == SMALLEST
     values = [auto.update(0.0, STEPS) for _ in range(200)]
@@ -48,7 +50,7 @@ def test_it_is_off_until_the_examples_are_fitted():
 @pytest.mark.parametrize("curvature", [0.2, 5.0])
 def test_its_fixed_point_is_that_of_a_model_that_answers(curvature):
     """Loss ½c(1 − θ)², θ0 = 0: the minimiser of loss + λθ² is c/(c + 2λ)."""
-    auto = AutoStrength(entropy=2.0)
+    auto = AutoStrength(entropy=2.0, unexplained=1.0)
 
     def loss(strength):
         return 0.5 * curvature * (2 * strength / (curvature + 2 * strength)) ** 2
@@ -73,6 +75,17 @@ def test_without_known_labels_it_goes_by_the_largest_loss():
     for _ in range(50):
         auto.update(0.02, STEPS)
     assert auto.value == SMALLEST
+
+
+def test_what_the_pretrained_model_tells_may_be_fitted():
+    """Half as much unexplained, a quarter of the loss."""
+    for share in (1.0, 0.5, 0.25):
+        auto = AutoStrength(entropy=1.0, unexplained=share)
+        for loss in (1.0, *[0.9 * FITTED * share**2] * 200):
+            auto.update(loss, STEPS)
+        assert auto.value == pytest.approx(0.1 * LARGEST, rel=1e-3)
+    auto = AutoStrength(entropy=1.0, unexplained=0.0)
+    assert [auto.update(loss, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
 
 
 def test_a_longer_training_is_looked_at_for_longer():
@@ -100,7 +113,7 @@ def test_it_stays_within_bounds(entropy):
 
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
-    auto = AutoStrength(entropy)
+    auto = AutoStrength(entropy, unexplained=2 / 3)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
         auto.update(loss, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
@@ -173,7 +186,7 @@ def test_lambda_rises_when_the_examples_are_fitted(make):
 
 
 def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
-    """The task loss, as the log has it, of all micro-batches, without the penalty; λ follows one step later."""
+    """The task loss of all micro-batches, without the penalty; λ follows one step later."""
     told, update = [], AutoStrength.update
 
     def tell(self, loss, steps):
@@ -182,15 +195,23 @@ def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
 
     monkeypatch.setattr(AutoStrength, "update", tell)
     trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    step, losses = trainer.training_step, []
+
+    def listen(*args, **kwargs):
+        losses.append(float(step(*args, **kwargs)))
+        return losses[-1] * torch.ones(())
+
+    monkeypatch.setattr(trainer, "training_step", listen)
     trainer.train()
-    logs = [log["task_loss"] for log in trainer.state.log_history if "task_loss" in log]
-    assert len(logs) == 60 and told == pytest.approx(logs[: len(told)], abs=2e-5) and len(told) >= 59
-    replay = AutoStrength(trainer._l2sp_auto.entropy)
+    penalties = [log["l2sp_penalty"] for log in trainer.state.log_history if "l2sp_penalty" in log]
+    sums = [sum(losses[i : i + 2]) - penalty for i, penalty in zip(range(0, 120, 2), penalties, strict=True)]
+    assert len(told) >= 59 and told == pytest.approx(sums[: len(told)], abs=1e-6)
+    replay = AutoStrength(trainer._l2sp_auto.entropy, trainer._l2sp_auto.unexplained)
     assert strengths(trainer) == [SMALLEST, *(update(replay, loss, 60) for loss in told[:59])]
 
 
 def test_while_lambda_is_next_to_zero_it_is_plain_fine_tuning(make, monkeypatch):
-    """Nothing is held out, drawn or measured: with λ off the weights are those of Trainer, bit for bit."""
+    """No row is held out, no random number drawn: with λ off the weights are those of Trainer, bit for bit."""
     monkeypatch.setattr(L2SPTrainer, "_l2sp_strength", lambda self: 0.0)
     auto = make("auto")
     auto.train()
@@ -244,31 +265,59 @@ def test_a_stream_goes_by_its_largest_loss(make, classification_data):
     assert trainer._l2sp_auto.entropy == math.inf and trainer._l2sp_auto.largest > 0.0
 
 
+def look(trainer):
+    """What is found before the first step."""
+    auto, trainer.state.max_steps = AutoStrength(), 60
+    trainer._l2sp_prepare_anchor()
+    trainer._l2sp_look_at_labels(auto, trainer.get_train_dataloader())
+    return auto
+
+
 @pytest.mark.parametrize(
     ("labels", "finite"), [(torch.tensor(1), True), (torch.tensor(1.0), False), (torch.ones(3), False)]
 )
 def test_labels_are_classes_or_not(make, classification_data, labels, finite):
-    trainer = make(data=[{**row, "labels": labels} for row in classification_data])
-    trainer.get_train_dataloader()
-    assert math.isfinite(trainer._l2sp_label_entropy()) == finite
+    auto = look(make(data=[{**row, "labels": labels} for row in classification_data]))
+    assert math.isfinite(auto.entropy) == finite and auto.unexplained == UNKNOWN  # they are all the same
 
 
 def test_labels_that_are_not_to_be_seen(make):
-    trainer = make(data_collator=lambda rows: [row["input_ids"] for row in rows])
-    trainer.get_train_dataloader()
-    assert trainer._l2sp_label_entropy() == math.inf
+    auto = look(make(data_collator=lambda rows: [row["input_ids"] for row in rows]))
+    assert auto == AutoStrength()
 
 
-def test_looking_at_labels_leaves_the_randomness_as_it_was(make, classification_data):
+def test_what_is_unexplained_is_that_of_the_pretrained_model(make, classification_data):
+    """By hand: mean hidden states without dropout of as many rows as a training of this length looks at."""
+    trainer = make(max_steps=100)
+    rows = random.Random(42).sample(range(len(classification_data)), len(classification_data))
+    rows = rows[: int(LOOKED_AT * 100 * 4)]
+    model = BertForSequenceClassification.from_pretrained(trainer.model.config._name_or_path, num_labels=3).eval()
+    batch = trainer.data_collator([classification_data[row] for row in rows])
+    with torch.no_grad():
+        hidden = model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    features = (hidden * mask).sum(1) / mask.sum(1)
+    targets = torch.nn.functional.one_hot(batch["labels"], 3)
+    expected = unexplained(features, targets, torch.arange(len(rows)))
+    trainer.train()
+    assert trainer._l2sp_auto.unexplained == pytest.approx(expected, rel=1e-5) and len(rows) == 12
+
+
+def test_a_short_training_looks_at_few_examples(make):
+    assert look(make()).unexplained == UNKNOWN
+
+
+def test_looking_at_labels_leaves_everything_as_it_was(make, classification_data):
     def collate(rows):
         torch.rand(3)
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     trainer = make(data_collator=collate)
-    trainer.get_train_dataloader()
+    modes = [module.training for module in trainer.model.modules()]
     state = torch.random.get_rng_state()
-    trainer._l2sp_label_entropy()
+    look(trainer)
     assert torch.equal(state, torch.random.get_rng_state())
+    assert modes == [module.training for module in trainer.model.modules()]
 
 
 def test_without_strength_there_is_nothing_to_find():

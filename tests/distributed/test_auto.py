@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from hf_l2sp.auto import SMALLEST
+from hf_l2sp.auto import SMALLEST, UNKNOWN
 
 from .test_backends import needs_equal_task, relative_error, tolerance
 
 pytestmark = pytest.mark.distributed
+
+
+def test_what_is_unexplained_is_that_of_one_process(launch, single):
+    first, second = (outcome["unexplained"] for outcome in launch.outcomes)
+    expected = single.outcomes[0]["unexplained"]
+    assert first == second and expected != UNKNOWN
+    assert first == pytest.approx(expected, rel=tolerance(launch, 1e-5, 1e-2))
 
 
 def test_strength_is_that_of_one_process(launch, single):

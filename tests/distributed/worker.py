@@ -296,8 +296,10 @@ def main() -> None:
     if resumes and not BACKEND.startswith("zero"):
         run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
     auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 3}
-    with mock.patch("hf_l2sp.auto.FITTED", 0.95):  # which these few steps reach
-        outcome["auto"] = found_strengths(run("auto", **auto))
+    # So that these few steps reach it, and look at enough examples.
+    with mock.patch("hf_l2sp.auto.FITTED", 0.95), mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0):
+        found = run("auto", **auto)
+    outcome["auto"], outcome["unexplained"] = found_strengths(found), found._l2sp_auto.unexplained
     outcome["evaluated"] = [evaluated(cls) for cls in (Trainer, L2SPTrainer)]
     whole_on_each = BACKEND in ("single", "ddp")
     if whole_on_each:

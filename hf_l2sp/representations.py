@@ -1,0 +1,67 @@
+"""What a model makes of labelled examples: its last hidden states, beside what is to be predicted from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .fisher_rows import NO_LABEL
+from .naming import unwrap
+
+
+class Represented(NamedTuple):
+    """Rows to regress on; one per example, or one per word that has a label.
+
+    Attributes:
+        features: Last hidden states, of an example the mean over its tokens. Shape: (n, d).
+        targets: One-hot classes, or the numbers themselves. Shape: (n, k).
+        examples: Place in the batch. Shape: (n,).
+    """
+
+    features: Tensor
+    targets: Tensor
+    examples: Tensor
+
+
+def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | None:
+    """Runs a batch through a model without its labels.
+
+    Args:
+        model: The model, wrapped or not; a wrapper's `forward` is called.
+        batch: What a collator makes, on the model's device.
+        labels: Of the batch: a class or a number per example, several numbers per example, or a class per token.
+
+    Returns:
+        None where the model is not one of transformers, or the labels are not what one of its heads predicts: those of
+        a language model, positions, pixels.
+    """
+    bare: Any = unwrap(model)
+    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    if not isinstance(inner, PreTrainedModel) or not isinstance(batch, Mapping) or inner.main_input_name not in batch:
+        return None
+    numbers = labels.is_floating_point() or labels.dtype == torch.bool
+    classes = int(getattr(inner.config, "num_labels", 0))
+    if labels.dim() not in (1, 2) or not (numbers or int(labels.max()) < classes):
+        return None
+    known = inspect.signature(inner.forward).parameters
+    inputs = {name: value for name, value in batch.items() if name in known and value is not labels}
+    output = model(**inputs, output_hidden_states=True, return_dict=True)
+    layers = output.get("hidden_states") or output.get("encoder_hidden_states")
+    if not layers or layers[-1].dim() != 3 or len(layers[-1]) != len(labels):
+        return None
+    last = layers[-1].float()
+    kept = torch.ones_like(labels.view(len(labels), -1)[:, 0], dtype=torch.bool) if numbers else labels != NO_LABEL
+    if kept.dim() == 1:
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
+            mask = torch.ones(last.shape[:2], device=last.device)
+        last = torch.einsum("btd,bt->bd", last, mask / mask.sum(1, keepdim=True).clamp(min=1))
+    elif kept.shape != last.shape[:2]:
+        return None
+    targets = labels.view(len(labels), -1) if numbers else nn.functional.one_hot(labels[kept], classes)
+    return Represented(last[kept], targets, kept.nonzero()[:, 0])

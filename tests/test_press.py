@@ -1,0 +1,145 @@
+"""What representations leave unexplained: against refits without each example; what a model makes of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+from hf_l2sp.press import RIDGES, unexplained
+from hf_l2sp.representations import represented
+
+
+def naive(features, targets, examples):
+    """Fits every ridge anew without each example."""
+    x, y = features.double(), targets.double()
+    size = (x - x.mean(0)).square().sum(1).mean()
+    base, errors = 0.0, dict.fromkeys(RIDGES, 0.0)
+    for example in examples.unique():
+        out = examples == example
+        mean_x, mean_y = x[~out].mean(0), y[~out].mean(0)
+        base += float((y[out] - mean_y).square().sum())
+        centred = x[~out] - mean_x
+        for ridge in RIDGES:
+            inner = centred.T @ centred + ridge * size * torch.eye(x.shape[1], dtype=x.dtype)
+            weights = torch.linalg.solve(inner, centred.T @ (y[~out] - mean_y))
+            errors[ridge] += float((y[out] - mean_y - (x[out] - mean_x) @ weights).square().sum())
+    return min(errors.values()) / base
+
+
+def data(count, words, noise):
+    torch.manual_seed(count + words)
+    examples = torch.arange(count).repeat_interleave(words)
+    features = torch.randn(count * words, 12) + torch.randn(count, 12)[examples]
+    scores = features[:, :3] + noise * torch.randn(count * words, 3)
+    return features, torch.nn.functional.one_hot(scores.argmax(1), 3), examples
+
+
+@pytest.mark.parametrize(("count", "words"), [(40, 1), (8, 1), (12, 5)])
+@pytest.mark.parametrize("noise", [0.0, 1.0, 10.0])
+def test_it_is_that_of_fits_without_each_example(count, words, noise):
+    case = data(count, words, noise)
+    assert unexplained(*case) == pytest.approx(naive(*case), rel=1e-8)
+
+
+def test_noise_is_what_cannot_be_explained():
+    shares = [unexplained(*data(120, 1, noise)) for noise in (0.0, 1.0, 100.0)]
+    assert shares == sorted(shares) and shares[0] < 0.6 and shares[2] > 0.95
+
+
+def test_numbers_in_line_with_a_feature_are_explained():
+    torch.manual_seed(0)
+    features = torch.randn(60, 3)
+    assert unexplained(features, features @ torch.ones(3, 1), torch.arange(60)) < 1e-3
+
+
+def test_scale_and_place_of_the_features_do_not_matter():
+    features, targets, examples = data(30, 1, 1.0)
+    again = unexplained(1000.0 * features + 7.0, targets, examples)
+    assert again == pytest.approx(unexplained(features, targets, examples), rel=1e-4)
+
+
+def test_words_of_a_sentence_do_not_explain_each_other():
+    torch.manual_seed(3)
+    examples = torch.arange(20).repeat_interleave(4)
+    features = torch.randn(20, 30)[examples] + 0.01 * torch.randn(80, 30)  # sentences that say nothing of each other
+    targets = torch.nn.functional.one_hot(torch.randint(0, 2, (20,))[examples], 2)
+    assert unexplained(features, targets, torch.arange(80)) < 0.1
+    assert unexplained(features, targets, examples) > 0.8
+
+
+def test_without_enough_to_go_by_it_is_not_known():
+    features, targets, examples = data(30, 1, 1.0)
+    assert unexplained(features[:7], targets[:7], examples[:7]) is None
+    assert unexplained(features, torch.zeros(30, 2), examples) is None
+    assert unexplained(features.where(features > 0, torch.nan), targets, examples) is None
+    assert unexplained(torch.ones(30, 4), targets, examples) == 1.0
+    assert unexplained(features, targets, torch.zeros(30)) is None  # the words of one sentence
+
+
+# --- what a model makes of a batch ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    return {"input_ids": torch.randint(5, 90, (3, 4)), "attention_mask": mask}
+
+
+def hidden(model, batch):
+    return model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+
+
+def test_a_text_is_the_mean_of_its_tokens(tiny_bert_dir, batch):
+    model = BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3).eval()
+    labels = torch.tensor([2, -100, 0])
+    features, targets, examples = represented(model, {**batch, "labels": labels}, labels)
+    whole = hidden(model, batch)
+    torch.testing.assert_close(features, torch.stack([whole[0].mean(0), whole[2, :3].mean(0)]))
+    assert targets.tolist() == [[0, 0, 1], [1, 0, 0]] and examples.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0.5, 1.0, -2.0]), torch.rand(3, 5), torch.tensor([True, False, True])]
+)
+def test_numbers_are_their_own_targets(tiny_bert_dir, batch, labels):
+    model = BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=1).eval()
+    features, targets, examples = represented(model, {**batch, "labels": labels}, labels)
+    assert torch.equal(targets, labels.view(3, -1)) and examples.tolist() == [0, 1, 2] and len(features) == 3
+
+
+def test_words_stand_for_themselves(tiny_bert_dir, batch):
+    model = BertForTokenClassification.from_pretrained(tiny_bert_dir, num_labels=2).eval()
+    labels = torch.tensor([[-100, 1, 0, 1], [0, 1, -100, -100], [-100, -100, 1, -100]])
+    features, targets, examples = represented(model, {**batch, "labels": labels}, labels)
+    torch.testing.assert_close(features, hidden(model, batch)[labels >= 0])
+    assert targets.argmax(1).tolist() == [1, 0, 1, 0, 1, 1] and examples.tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_what_no_head_predicts_is_not_represented(tiny_bert_dir, batch):
+    classifier = BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3)
+    language = BertForMaskedLM.from_pretrained(tiny_bert_dir)
+    for model, labels in (
+        (language, batch["input_ids"]),  # words of a vocabulary
+        (classifier, torch.tensor([0, 17, 3])),  # positions
+        (classifier, torch.zeros(3, 2, dtype=torch.long)),  # neither a class per text nor per token
+        (classifier, torch.zeros(3, 4, 4)),
+        (torch.nn.Linear(4, 2), torch.tensor([0, 1, 0])),
+    ):
+        assert represented(model, {**batch, "labels": labels}, labels) is None
+    labels = torch.tensor([0, 1, 2])
+    assert represented(classifier, {"chosen_input_ids": batch["input_ids"], "labels": labels}, labels) is None
+    assert represented(classifier, [batch["input_ids"]], labels) is None
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(tiny_bert_dir, batch):
+    model = BertModel.from_pretrained(tiny_bert_dir)
+    labels = torch.tensor([0, 1, 1])
+    found = represented(model, {**batch, "labels": labels, "teacher_logits": torch.rand(3, 2)}, labels)
+    assert found is not None and found.features.shape == (3, model.config.hidden_size)
