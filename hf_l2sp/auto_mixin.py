@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from .auto import AutoStrength
+from .auto import LARGEST_OF_WORDS, AutoStrength
 from .fisher_rows import NO_LABEL
 from .naming import unwrap
 from .press import unexplained
@@ -84,6 +84,8 @@ class L2SPAutoMixin:
             if labels is None:
                 return
             auto.entropy = label_entropy(labels)
+            if labels.dim() > 1 and math.isfinite(auto.entropy):
+                auto.strongest = LARGEST_OF_WORDS
             share = self._l2sp_unexplained(loader, rows)
         if share is not None:
             # Over processes that saw the same, but may have rounded in other ways.

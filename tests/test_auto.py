@@ -12,7 +12,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import FITTED, LARGEST, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
+from hf_l2sp.auto import FITTED, LARGEST, LARGEST_OF_WORDS, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
 from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
 from hf_l2sp.press import unexplained
 
@@ -113,7 +113,7 @@ def test_it_stays_within_bounds(entropy):
 
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
-    auto = AutoStrength(entropy, unexplained=2 / 3)
+    auto = AutoStrength(entropy, unexplained=2 / 3, strongest=0.1)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
         auto.update(loss, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
@@ -279,6 +279,23 @@ def look(trainer):
 def test_labels_are_classes_or_not(make, classification_data, labels, finite):
     auto = look(make(data=[{**row, "labels": labels} for row in classification_data]))
     assert math.isfinite(auto.entropy) == finite and auto.unexplained == UNKNOWN  # they are all the same
+
+
+@pytest.mark.parametrize(
+    ("labels", "strongest"),
+    [
+        (torch.tensor(1), LARGEST),
+        (torch.tensor([0, 1, -100]), LARGEST_OF_WORDS),
+        (torch.tensor([0.0, 1.0, 1.0]), LARGEST),  # several classes per text
+    ],
+)
+def test_a_class_per_word_is_pulled_less(make, classification_data, labels, strongest):
+    auto = look(make(data=[{**row, "labels": labels} for row in classification_data]))
+    assert auto.strongest == strongest
+    auto.entropy = auto.unexplained = 1.0
+    for loss in (1.0, *[0.0] * 200):
+        auto.update(loss, STEPS)
+    assert auto.value == pytest.approx(strongest, rel=1e-3)
 
 
 def test_labels_that_are_not_to_be_seen(make):
