@@ -3,8 +3,9 @@
     python recipes/benchmarks/auto_cost.py [--repeats 3]
 
 MiniLM, 50 steps of 16 × 64 tokens, fp32, AdamW, with 40 training rows and with 1,000. Every run is a process of its
-own; the time is that spent on the labels, on running θ0 on some examples, on the losses and λ, against the rest of the
-training in the same process, so that other load on the machine falls on both. Memory is the peak of anonymous memory of /proc/self/status, hence on Linux only, in processes of their own in which what is freed goes back to the
+own; the time is that spent on the labels, on running θ0 on some examples, on the losses and λ, against the rest of
+the training in the same process, so that other load on the machine falls on both. Memory is the peak of anonymous
+memory of /proc/self/status, hence on Linux only, in processes of their own in which what is freed goes back to the
 system in small pieces, too: a batch of another size leaves gaps in the heap, which would be counted. Writes
 results/auto_cost.json.
 """
