@@ -45,8 +45,10 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     if not isinstance(inner, PreTrainedModel) or not isinstance(batch, Mapping) or inner.main_input_name not in batch:
         return None
     numbers = labels.is_floating_point() or labels.dtype == torch.bool
-    classes = int(getattr(inner.config, "num_labels", 0))
-    if labels.dim() not in (1, 2) or not (numbers or int(labels.max()) < classes):
+    classes = getattr(inner.config, "num_labels", None) or 0
+    if labels.dim() not in (1, 2):
+        return None
+    if not numbers and not bool(((labels == NO_LABEL) | (labels >= 0) & (labels < classes)).all()):
         return None
     known = inspect.signature(inner.forward).parameters
     inputs = {name: value for name, value in batch.items() if name in known and value is not labels}
@@ -55,13 +57,15 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     if not layers or layers[-1].dim() != 3 or len(layers[-1]) != len(labels):
         return None
     last = layers[-1].float()
+    labels = labels.to(last.device)  # a model may be spread over several
     kept = torch.ones_like(labels.view(len(labels), -1)[:, 0], dtype=torch.bool) if numbers else labels != NO_LABEL
     if kept.dim() == 1:
         mask = batch.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
-            mask = torch.ones(last.shape[:2], device=last.device)
+            mask = torch.ones(last.shape[:2])
+        mask = mask.to(last)
         last = torch.einsum("btd,bt->bd", last, mask / mask.sum(1, keepdim=True).clamp(min=1))
     elif kept.shape != last.shape[:2]:
         return None
-    targets = labels.view(len(labels), -1) if numbers else nn.functional.one_hot(labels[kept], classes)
+    targets = labels.view(len(labels), -1) if numbers else nn.functional.one_hot(labels[kept].long(), classes)
     return Represented(last[kept], targets, kept.nonzero()[:, 0])

@@ -58,6 +58,16 @@ def test_numbers_in_line_with_a_feature_are_explained():
     assert unexplained(features, features @ torch.ones(3, 1), torch.arange(60)) < 1e-3
 
 
+@pytest.mark.parametrize("noise", [0.5, 1.0, 3.0])
+def test_of_a_linear_gaussian_model_it_is_the_share_of_the_noise(noise):
+    torch.manual_seed(1)
+    features = torch.randn(1500, 4)
+    weights = torch.tensor([[1.0], [-0.5], [0.5], [0.0]])
+    targets = features @ weights + noise * torch.randn(1500, 1)
+    expected = noise**2 / (noise**2 + float(weights.square().sum()))
+    assert unexplained(features, targets, torch.arange(1500)) == pytest.approx(expected, rel=0.05)
+
+
 def test_scale_and_place_of_the_features_do_not_matter():
     features, targets, examples = data(30, 1, 1.0)
     again = unexplained(1000.0 * features + 7.0, targets, examples)
@@ -128,6 +138,7 @@ def test_what_no_head_predicts_is_not_represented(tiny_bert_dir, batch):
     for model, labels in (
         (language, batch["input_ids"]),  # words of a vocabulary
         (classifier, torch.tensor([0, 17, 3])),  # positions
+        (classifier, torch.tensor([0, -1, 2])),
         (classifier, torch.zeros(3, 2, dtype=torch.long)),  # neither a class per text nor per token
         (classifier, torch.zeros(3, 4, 4)),
         (torch.nn.Linear(4, 2), torch.tensor([0, 1, 0])),
