@@ -8,9 +8,8 @@ from typing import Any
 
 # "Never 0": the anchor stays in use, and a λ of this size does nothing.
 SMALLEST = 1e-6
-# With more, macro-F1 falls on every data set (recipes/benchmarks/results/quality.json). Of words, most of which are of
-# one class, the mean loss is small long before the other classes are learned: more than this costs entities.
-LARGEST, LARGEST_OF_WORDS = 0.3, 0.01
+# With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
+LARGEST = 0.3
 # Part of the labels' entropy: a training loss below it is that of labels learned by heart, if θ0 says nothing of them.
 FITTED = 0.1
 # Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
@@ -24,25 +23,24 @@ class AutoStrength:
     """λ from the loss that is trained on: next to 0 until the examples are fitted, the larger the better they are.
 
     With L the moving average of the training loss and δ = `FITTED` · u² times the entropy of the labels,
-    λ = s · max(0, 1 − L/δ), where s is `LARGEST`, or `LARGEST_OF_WORDS` where each word has a class. u is the share of
-    the labels' variance that θ0's representations leave unexplained (`press.unexplained`): 1 where all that is learned
-    is by heart, next to 0 where θ0 tells the classes apart and a small loss is well earned.
+    λ = `LARGEST` · max(0, 1 − L/δ). u is the share of the labels' variance that θ0's representations leave unexplained
+    (`press.unexplained`): 1 where all that is learned is by heart, next to 0 where θ0 tells the classes apart and a
+    small loss is well earned.
 
     This is the discrepancy principle (Morozov, "On the Solution of Functional Equations by the Method of
     Regularization", Soviet Mathematics Doklady 7, 1966): a model should not be fitted to its data better than the
     noise in them allows, and of all that are fitted as well, the one nearest to the prior guess, here θ0, is to be
-    taken. Below δ a training set says next to nothing of the model any more; what still makes
-    the loss smaller is larger logits. Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training
-    Error?" (2020), keep the loss at such a level by turning its gradient round; here the pull to θ0 does.
+    taken. Below δ a training set says next to nothing of the model any more; what still makes the loss smaller is
+    larger logits. Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training Error?" (2020), keep the
+    loss at such a level by turning its gradient round; here the pull to θ0 does.
 
     The rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come near
     0, as with label smoothing, leaves λ next to 0.
 
     Attributes:
-        entropy: Of the labels, in units of the loss; infinite where it is not known. δ is relative to it, or to the
-            largest average of the loss so far, if that is less.
+        entropy: Of the labels, in units of the loss; infinite where it is not known, 0 to leave λ next to 0. δ is
+            relative to it, or to the largest average of the loss so far, if that is less.
         unexplained: u.
-        strongest: s.
         value: λ now.
         loss: Moving average of the training loss, that began at 0.
         weight: Sum of the average's weights.
@@ -51,7 +49,6 @@ class AutoStrength:
 
     entropy: float = math.inf
     unexplained: float = UNKNOWN
-    strongest: float = LARGEST
     value: float = SMALLEST
     loss: float = 0.0
     weight: float = 0.0
@@ -75,7 +72,7 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
-        self.value = max(SMALLEST, self.strongest * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
+        self.value = max(SMALLEST, LARGEST * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,8 +88,7 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            names = ("unexplained", "strongest", "value", "loss", "weight", "largest")
-            numbers = {name: float(state[name]) for name in names}
+            numbers = {name: float(state[name]) for name in ("unexplained", "value", "loss", "weight", "largest")}
             entropy = math.inf if state["entropy"] is None else float(state["entropy"])
             return cls(entropy=entropy, **numbers)
         except (KeyError, TypeError, ValueError) as error:

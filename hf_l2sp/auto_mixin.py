@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from .auto import LARGEST_OF_WORDS, AutoStrength
+from .auto import AutoStrength
 from .fisher_rows import NO_LABEL
 from .naming import unwrap
 from .press import unexplained
@@ -27,8 +27,8 @@ logger = logging.get_logger(__name__)
 
 # Training examples of whose labels the entropy is taken.
 LABELLED_ROWS = 256
-# Those among them that θ0 is run on, as part of all that the training runs on, and how many words there may be.
-LOOKED_AT, WORDS = 0.03, 512
+# Those among them that θ0 is run on, as part of all that the training runs on.
+LOOKED_AT = 0.03
 
 
 class L2SPAutoMixin:
@@ -85,7 +85,14 @@ class L2SPAutoMixin:
                 return
             auto.entropy = label_entropy(labels)
             if labels.dim() > 1 and math.isfinite(auto.entropy):
-                auto.strongest = LARGEST_OF_WORDS
+                # Most words are of one class, and their mean loss is small long before the other classes are learned.
+                auto.entropy = 0.0
+                if self.args.process_index == 0:
+                    logger.warning(
+                        "l2sp_schedule='auto' leaves λ next to 0 where every word has a label: no rule was found that "
+                        "pulls and keeps all entities. For the likelihood, set l2sp_lambda by hand; 0.01 is a start."
+                    )
+                return
             share = self._l2sp_unexplained(loader, rows)
         if share is not None:
             # Over processes that saw the same, but may have rounded in other ways.
@@ -114,7 +121,6 @@ class L2SPAutoMixin:
         bare = unwrap(self.model)  # type: ignore[attr-defined]
         model = self.model_wrapped if anchor.backend.sharded else bare  # type: ignore[attr-defined]
         found: list[Represented] = []
-        words = 0
         with torch.no_grad(), evaluated(bare):
             for start in range(0, len(rows), size):
                 batch = loader.collate_fn([loader.dataset[row] for row in rows[start : start + size]])
@@ -124,14 +130,11 @@ class L2SPAutoMixin:
                     part = None if labels is None else represented(model, batch, labels)
                 if part is None:
                     return None
-                found.append(part._replace(examples=part.examples + start))
-                words += len(part.features)
-                if words >= WORDS:
-                    break
+                found.append(part)
         if not found:
             return None
-        features, targets, examples = (torch.cat(parts)[:WORDS].cpu() for parts in zip(*found, strict=True))
-        return unexplained(features, targets, examples)
+        features, targets = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        return unexplained(features, targets)
 
     def _l2sp_shared(self, kind: str) -> int:
         """Size of a dimension of parallelism; 1 where this version of transformers does not know it."""

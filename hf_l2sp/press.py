@@ -11,7 +11,7 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 FEWEST = 8
 
 
-def unexplained(features: Tensor, targets: Tensor, examples: Tensor) -> float | None:
+def unexplained(features: Tensor, targets: Tensor) -> float | None:
     """Share of the targets' variance that a ridge regression misses in examples that it was not fitted to.
 
     PRESS / SST (Allen, "The Relationship Between Variable Selection and Data Augmentation and a Method for
@@ -21,45 +21,27 @@ def unexplained(features: Tensor, targets: Tensor, examples: Tensor) -> float | 
     Args:
         features: Representations. Shape: (n, d).
         targets: What to predict, such as one-hot classes. Shape: (n, k).
-        examples: Which example each row is of; the rows of one example, such as the words of a sentence, are left out
-            together. Shape: (n,).
 
     Returns:
         0 (the representations say all) to 1 (they say nothing) and, of few examples, a little above; None of fewer
         examples than `FEWEST`, numbers that are not finite, or targets that are all the same.
     """
     x, y = features.double(), targets.double()
-    parts = [(examples == example).nonzero()[:, 0] for example in examples.unique()]
-    if len(parts) < FEWEST or not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
-        return None
     count = len(x)
-    total = 0.0
-    for part in parts:
-        others = (y.sum(0) - y[part].sum(0)) / (count - len(part))
-        total += float((y[part] - others).square().sum())
+    if count < FEWEST or not bool(torch.isfinite(x).all() and torch.isfinite(y).all()) or bool((y == y[0]).all()):
+        return None
     x = x - x.mean(0)
     gram = x @ x.T
     size = float(gram.diagonal().mean())
-    if total <= 0.0 or float((y - y[0]).abs().max()) == 0.0:
-        return None
     if size == 0.0:
         return 1.0
     values, vectors = torch.linalg.eigh(gram / size)
-    return min(_press(values, vectors, y, parts, ridge) for ridge in RIDGES) / total
-
-
-def _press(values: Tensor, vectors: Tensor, y: Tensor, parts: list[Tensor], ridge: float) -> float:
-    """Sum of the squared errors of all parts, each left out of the fit.
-
-    With H the matrix that takes y to its fit, that of a part that was left out misses by (I − H_part)⁻¹ (y − Hy)_part.
-    """
-    shrunk = values.clamp(min=0.0)
-    fit = (vectors * (shrunk / (shrunk + ridge))) @ vectors.T + 1.0 / len(y)  # the mean is not shrunk
-    missed = y - fit @ y
-    if len(parts) == len(y):
-        return float((missed / (1.0 - fit.diagonal())[:, None]).square().sum())
-    error = 0.0
-    for part in parts:
-        own = torch.eye(len(part), dtype=y.dtype, device=y.device) - fit[part][:, part]
-        error += float(torch.linalg.solve(own, missed[part]).square().sum())
-    return error
+    values = values.clamp(min=0.0)
+    errors = []
+    for ridge in RIDGES:
+        # With H the matrix that takes y to its fit, an example that was left out is missed by (y − Hy)ᵢ / (1 − Hᵢᵢ).
+        fit = (vectors * (values / (values + ridge))) @ vectors.T + 1.0 / count  # the mean is not shrunk
+        errors.append(float(((y - fit @ y) / (1.0 - fit.diagonal())[:, None]).square().sum()))
+    # The others' mean misses by that much.
+    total = float((y - y.mean(0)).square().sum()) * (count / (count - 1)) ** 2
+    return min(errors) / total

@@ -15,17 +15,15 @@ from .naming import unwrap
 
 
 class Represented(NamedTuple):
-    """Rows to regress on; one per example, or one per word that has a label.
+    """Examples to regress on.
 
     Attributes:
-        features: Last hidden states, of an example the mean over its tokens. Shape: (n, d).
+        features: Last hidden states, the mean over the tokens. Shape: (n, d).
         targets: One-hot classes, or the numbers themselves. Shape: (n, k).
-        examples: Place in the batch. Shape: (n,).
     """
 
     features: Tensor
     targets: Tensor
-    examples: Tensor
 
 
 def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | None:
@@ -34,11 +32,11 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     Args:
         model: The model, wrapped or not; a wrapper's `forward` is called.
         batch: What a collator makes, on the model's device.
-        labels: Of the batch: a class or a number per example, several numbers per example, or a class per token.
+        labels: Of the batch: a class, a number, or several numbers per example.
 
     Returns:
-        None where the model is not one of transformers, or the labels are not what one of its heads predicts: those of
-        a language model, positions, pixels.
+        None where the model is not one of transformers, or the labels are not what a head of its predicts of a whole
+        example.
     """
     bare: Any = unwrap(model)
     inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
@@ -46,7 +44,7 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
         return None
     numbers = labels.is_floating_point() or labels.dtype == torch.bool
     classes = getattr(inner.config, "num_labels", None) or 0
-    if labels.dim() not in (1, 2):
+    if labels.dim() != 1 and not (numbers and labels.dim() == 2):
         return None
     if not numbers and not bool(((labels == NO_LABEL) | (labels >= 0) & (labels < classes)).all()):
         return None
@@ -57,15 +55,13 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     if not layers or layers[-1].dim() != 3 or len(layers[-1]) != len(labels):
         return None
     last = layers[-1].float()
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
+        mask = torch.ones(last.shape[:2])
+    mask = mask.to(last)
+    features = torch.einsum("btd,bt->bd", last, mask / mask.sum(1, keepdim=True).clamp(min=1))
     labels = labels.to(last.device)  # a model may be spread over several
-    kept = torch.ones_like(labels.view(len(labels), -1)[:, 0], dtype=torch.bool) if numbers else labels != NO_LABEL
-    if kept.dim() == 1:
-        mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
-            mask = torch.ones(last.shape[:2])
-        mask = mask.to(last)
-        last = torch.einsum("btd,bt->bd", last, mask / mask.sum(1, keepdim=True).clamp(min=1))
-    elif kept.shape != last.shape[:2]:
-        return None
-    targets = labels.view(len(labels), -1) if numbers else nn.functional.one_hot(labels[kept].long(), classes)
-    return Represented(last[kept], targets, kept.nonzero()[:, 0])
+    if numbers:
+        return Represented(features, labels.view(len(labels), -1))
+    kept = labels != NO_LABEL
+    return Represented(features[kept], nn.functional.one_hot(labels[kept].long(), classes))
