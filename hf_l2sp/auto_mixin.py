@@ -67,7 +67,7 @@ class L2SPAutoMixin:
             self._l2sp_auto = AutoStrength.from_state(kept)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        # Called at the begin of every optimizer step; of the first one, the model is prepared and still at θ0.
+        # Called before every optimizer step; before the first one the model is prepared and still at θ0.
         loader, self._l2sp_unseen = self._l2sp_unseen, None
         if self._l2sp_auto is not None and loader is not None:
             self._l2sp_look_at_labels(self._l2sp_auto, loader)

@@ -35,8 +35,7 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
         labels: Of the batch: a class, a number, or several numbers per example.
 
     Returns:
-        None where the model is not one of transformers, or the labels are not what a head of its predicts of a whole
-        example.
+        None where the model is not one of transformers, or the labels are not what its head predicts of whole examples.
     """
     bare: Any = unwrap(model)
     inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
@@ -58,8 +57,8 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
         mask = torch.ones(last.shape[:2])
-    mask = mask.to(last)
-    features = torch.einsum("btd,bt->bd", last, mask / mask.sum(1, keepdim=True).clamp(min=1))
+    mask = mask.to(last)[..., None]
+    features = (last * mask).sum(1) / mask.sum(1).clamp(min=1)  # no product that autocast would round
     labels = labels.to(last.device)  # a model may be spread over several
     if numbers:
         return Represented(features, labels.view(len(labels), -1))
