@@ -35,7 +35,7 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
         labels: Of the batch: a class, a number, or several numbers per example.
 
     Returns:
-        None where the model is not one of transformers, or the labels are not what its head predicts of whole examples.
+        None where the model is not one of transformers, or the labels are not what its head predicts of an example.
     """
     bare: Any = unwrap(model)
     inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
