@@ -112,11 +112,12 @@ FOUR_SETS := medical_abstracts clothing_reviews cuad_clauses medquad_info_type
 results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make results-quality DATA=FOLDER (a day)
 	$(QUALITY) --shots 8 16 --sets $(FOUR_SETS)
 	$(QUALITY) --shots 0 --sets $(FOUR_SETS) --methods plain auto
-	$(QUALITY) --shots 64 --sets $(filter-out cuad_clauses,$(FOUR_SETS)) --methods plain auto
+	$(QUALITY) --shots 64 --sets $(filter-out cuad_clauses,$(FOUR_SETS)) --methods plain "l2sp 0.01" "l2sp 0.1" auto
 	$(QUALITY) --shots 8 --sets wnut17 tiny_sentiment tiny_legal tiny_medical tiny_ner
 	$(QUALITY) --shots 16 --sets ncbi_disease
 	$(RUN)/python recipes/benchmarks/quality.py --workers 2 --data recipes/data --shots 8 \
-		--sets clinical_notes contract_clauses shop_reviews clinical_ner finance_ner --methods plain "held-out slope" auto
+		--sets clinical_notes contract_clauses shop_reviews clinical_ner finance_ner \
+		--methods plain "l2sp 0.01" "l2sp 0.1" "held-out slope" auto
 	$(RUN)/python recipes/benchmarks/readme.py
 
 clean: ## Remove the environment and caches
