@@ -34,12 +34,13 @@ LOOKED_AT = 0.03
 class L2SPAutoMixin:
     """The part of `L2SPMixin` that finds λ. See `AutoStrength` for the rule."""
 
+    l2sp_anchor: Anchor | None
     args: Any
     state: Any
+    callback_handler: Any
     _l2sp_auto: AutoStrength | None = None
-    _l2sp_loader: DataLoader[Any] | None = None
-    # Whose labels are still to be looked at.
-    _l2sp_unseen: DataLoader[Any] | None = None
+    # Whether the labels are still to be looked at.
+    _l2sp_unseen: bool = False
     # Loss of the micro-batches so far of the step that is under way; of the last whole one, before it is taken up.
     _l2sp_partial: Tensor | None = None
     _l2sp_loss: Tensor | None = None
@@ -48,29 +49,24 @@ class L2SPAutoMixin:
     def _l2sp_is_auto(self) -> bool:
         return bool(self._l2sp_on) and self._l2sp_arg("l2sp_schedule") == "auto"  # type: ignore[attr-defined]
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        loader: DataLoader[Any] = super().get_train_dataloader()  # type: ignore[misc]
-        self._l2sp_loader = loader if self._l2sp_is_auto else None
-        return loader
-
     def _l2sp_begin_auto(self, checkpoint: str | None) -> None:
         """At the start of training: λ next to 0, or as the checkpoint left it."""
-        self._l2sp_auto = self._l2sp_unseen = self._l2sp_partial = self._l2sp_loss = None
-        loader, self._l2sp_loader = self._l2sp_loader, None
+        self._l2sp_auto = self._l2sp_partial = self._l2sp_loss = None
+        self._l2sp_unseen = False
         if not self._l2sp_is_auto:
             return
         state = None if checkpoint is None else read_state(checkpoint)
         kept = None if state is None else state.get("strength", {}).get("auto")
         if kept is None:
-            self._l2sp_auto, self._l2sp_unseen = AutoStrength(), loader
+            self._l2sp_auto, self._l2sp_unseen = AutoStrength(), True
         else:
             self._l2sp_auto = AutoStrength.from_state(kept)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called before every optimizer step; before the first one the model is prepared and still at θ0.
-        loader, self._l2sp_unseen = self._l2sp_unseen, None
-        if self._l2sp_auto is not None and loader is not None:
-            self._l2sp_look_at_labels(self._l2sp_auto, loader)
+        if self._l2sp_auto is not None and self._l2sp_unseen:
+            self._l2sp_unseen = False
+            self._l2sp_look_at_labels(self._l2sp_auto, self.callback_handler.train_dataloader)
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def _l2sp_look_at_labels(self, auto: AutoStrength, loader: DataLoader[Any]) -> None:
@@ -87,7 +83,8 @@ class L2SPAutoMixin:
             if labels.dim() > 1 and math.isfinite(auto.entropy):
                 # Most words are of one class, and their mean loss is small long before the other classes are learned.
                 auto.entropy = 0.0
-                if self.args.process_index == 0:
+                assert self.l2sp_anchor is not None
+                if self.l2sp_anchor.backend.is_main_process:
                     logger.warning(
                         "l2sp_schedule='auto' leaves λ next to 0 where every word has a label: no rule was found that "
                         "pulls and keeps all entities. For the likelihood, set l2sp_lambda by hand; 0.01 is a start."
@@ -110,19 +107,19 @@ class L2SPAutoMixin:
 
     def _l2sp_unexplained(self, loader: DataLoader[Any], rows: Sequence[int]) -> float | None:
         """See `unexplained`; None where it is not known. All processes look at the same rows."""
-        anchor: Anchor | None = self.l2sp_anchor  # type: ignore[attr-defined]
-        assert anchor is not None
-        if self._l2sp_shared("cp") * self._l2sp_shared("sp") > 1:
+        assert self.l2sp_anchor is not None
+        # 1 where this version of transformers does not know it.
+        if any(getattr(self, f"get_{kind}_size", lambda: 1)() > 1 for kind in ("cp", "sp")):
             return None  # a process may have no room for whole texts
-        size = int(self._train_batch_size or self.args.train_batch_size)  # type: ignore[attr-defined]
-        together = max(1, self.args.world_size // self._l2sp_shared("tp"))
-        trained_on = self.state.max_steps * size * self.args.gradient_accumulation_steps * together
+        trained_on = self.state.max_steps * self.get_total_train_batch_size(self.args)  # type: ignore[attr-defined]
         rows = rows[: int(LOOKED_AT * trained_on)]
+        size = self._train_batch_size  # type: ignore[attr-defined]
         bare = unwrap(self.model)  # type: ignore[attr-defined]
-        model = self.model_wrapped if anchor.backend.sharded else bare  # type: ignore[attr-defined]
+        model = self.model_wrapped if self.l2sp_anchor.backend.sharded else bare  # type: ignore[attr-defined]
         found: list[Represented] = []
         with torch.no_grad(), evaluated(bare):
             for start in range(0, len(rows), size):
+                # Fetched anew: a collator may have taken its rows apart.
                 batch = loader.collate_fn([loader.dataset[row] for row in rows[start : start + size]])
                 batch = self._prepare_inputs(batch)  # type: ignore[attr-defined]
                 labels = self._l2sp_labels(batch)
@@ -135,10 +132,6 @@ class L2SPAutoMixin:
             return None
         features, targets = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
         return unexplained(features, targets)
-
-    def _l2sp_shared(self, kind: str) -> int:
-        """Size of a dimension of parallelism; 1 where this version of transformers does not know it."""
-        return int(getattr(self, f"get_{kind}_size", lambda: 1)())
 
     def _l2sp_note_loss(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch, which is its share of that of the step."""

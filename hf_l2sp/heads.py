@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .naming import unwrap
+from .traceless import evaluated
 
 logger = logging.get_logger(__name__)
 
@@ -41,15 +42,9 @@ def warn_if_head_ignores_item_count(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     # A sharded model computes only through its wrapper; that of DDP is left alone, which counts forward passes.
     probed = model if trainer.l2sp_anchor is not None and trainer.l2sp_anchor.backend.late else bare
-    modes = [(module, module.training) for module in probed.modules()]
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        probed.eval()
-        try:
-            one = parent(probed, dict(inputs), num_items_in_batch=count)
-            two = parent(probed, dict(inputs), num_items_in_batch=count * 2)
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluated(probed):
+        one = parent(probed, dict(inputs), num_items_in_batch=count)
+        two = parent(probed, dict(inputs), num_items_in_batch=count * 2)
     # Under DataParallel there is a count for each device, and so a loss.
     if not bool(torch.isfinite(one).all()) or not bool(one.any()) or not torch.equal(one, two):
         return

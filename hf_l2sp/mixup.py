@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .mixup_args import MixupArguments
-from .naming import in_training_mode, unwrap
+from .naming import in_training_mode, unwrap, without_adapters
+from .traceless import evaluated
 
 __all__ = ["MixupArguments", "MixupMixin"]
 
@@ -100,7 +101,7 @@ class MixupMixin:
 
 
 def _refusal(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> str | None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes anything
+    base = without_adapters(model)  # PEFT's forward takes anything
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
         return f"{type(base).__name__}.forward takes no inputs_embeds, which are what mix-up blends"
     known = {"input_ids", "attention_mask", "token_type_ids", "labels"}
@@ -121,16 +122,12 @@ def _refusal(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> str | None:
 def _difference(model: Any, tokens: Tensor, rest: Mapping[str, Any]) -> str | None:
     """Whether the model tells tokens from their embeddings: without tokens some look for the last one elsewhere."""
     inputs = {name: value for name, value in rest.items() if name != "labels"}
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            expected = model.eval()(input_ids=tokens, **inputs)["logits"]
+        with torch.no_grad(), evaluated(model):
+            expected = model(input_ids=tokens, **inputs)["logits"]
             logits = model(inputs_embeds=model.get_input_embeddings()(tokens), **inputs)["logits"]
     except NotImplementedError as error:
         return f"{type(model).__name__} refuses inputs_embeds ({error})"
-    finally:
-        for module, training in modes:
-            module.training = training
     if torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
         return None
     return f"{type(model).__name__} gives other logits for embeddings than for the tokens that they are of"

@@ -21,6 +21,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a bare model of PEFT; any other as it is."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inner
+
+
 def in_training_mode(model: nn.Module) -> bool:
     """Whether the bare model trains: DeepSpeed's engine hands `eval()` on to it, but says itself that it trains."""
     return unwrap(model).training

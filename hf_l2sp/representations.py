@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fisher_rows import NO_LABEL
-from .naming import unwrap
+from .naming import unwrap, without_adapters
 
 
 class Represented(NamedTuple):
@@ -37,8 +37,7 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     Returns:
         None where the model is not one of transformers, or the labels are not what its head predicts of an example.
     """
-    bare: Any = unwrap(model)
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    inner = without_adapters(unwrap(model))
     if not isinstance(inner, PreTrainedModel) or not isinstance(batch, Mapping) or inner.main_input_name not in batch:
         return None
     numbers = labels.is_floating_point() or labels.dtype == torch.bool

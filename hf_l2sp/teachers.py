@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from .naming import unwrap
+from .naming import unwrap, without_adapters
 
 _SHOWN = 5  # names in an error
 _CLASSES = {
@@ -130,7 +130,7 @@ def load_teacher(source: str, student: nn.Module) -> nn.Module:
     Raises:
         ValueError: The student's task is not a classification, there is no such model, or it has no trained head.
     """
-    kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__  # type: ignore[operator]
+    kind = type(without_adapters(student)).__name__
     auto = next((auto for suffix, auto in _CLASSES.items() if kind.endswith(suffix)), None)
     if auto is None:
         raise ValueError(

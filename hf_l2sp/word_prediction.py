@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .traceless import evaluated
 from .word_edits import Word, is_word, keep_case, share_of, text_of
 from .word_synonyms import forked
 
@@ -181,22 +182,18 @@ def _predict(chunk: Sequence[_Masked], model: nn.Module, tokenizer: Any, top_k: 
         ids[i, : len(one.ids)] = torch.tensor(one.ids)
         attended[i, : len(one.ids)] = 1
     where = [(i, at) for i, one in enumerate(chunk) for at in one.positions]
-    modes = [(module, module.training) for module in model.modules()]
     threads = torch.get_num_threads()
-    model.eval()
     try:
         if forked():
             torch.set_num_threads(1)  # those of the parent are not there, and OpenMP would wait for them for ever
         # Not inference mode: what a model keeps for later could not be trained with.
-        with torch.no_grad():
+        with torch.no_grad(), evaluated(model):
             logits = model(input_ids=ids.to(device), attention_mask=attended.to(device)).logits
             rows, columns = (torch.tensor(numbers, device=device) for numbers in zip(*where, strict=True))
             logits = logits[rows, columns, : len(tokenizer)].float()
             logits[:, torch.tensor(tokenizer.all_special_ids, device=device)] = -math.inf
             values, tokens = logits.topk(min(top_k, logits.shape[-1]))
     finally:
-        for module, training in modes:
-            module.training = training
         if forked():
             torch.set_num_threads(threads)
     likely = [dict(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
