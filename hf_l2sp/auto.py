@@ -10,6 +10,8 @@ from typing import Any
 SMALLEST = 1e-6
 # With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
 LARGEST = 0.3
+# The same where θ0 says nothing of the labels: all that is learned is away from it.
+LARGEST_UNEXPLAINED = 0.03
 # Part of the labels' entropy: a training loss below it is that of labels learned by heart, if θ0 says nothing of them.
 FITTED = 0.1
 # Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
@@ -23,9 +25,9 @@ class AutoStrength:
     """λ from the loss that is trained on: next to 0 until the examples are fitted, the larger the better they are.
 
     With L the moving average of the training loss and δ = `FITTED` · u² times the entropy of the labels,
-    λ = `LARGEST` · max(0, 1 − L/δ). u is the share of the labels' variance that θ0's representations leave unexplained
+    λ = m · max(0, 1 − L/δ). u is the share of the labels' variance that θ0's representations leave unexplained
     (`press.unexplained`): 1 where all that is learned is by heart, next to 0 where θ0 tells the classes apart and a
-    small loss is well earned.
+    small loss is well earned. θ0 is worth what it explains: m = 1 − u, within `LARGEST_UNEXPLAINED` and `LARGEST`.
 
     This is the discrepancy principle (Morozov, "On the Solution of Functional Equations by the Method of
     Regularization", Soviet Mathematics Doklady 7, 1966): a model should not be fitted to its data better than the
@@ -54,6 +56,11 @@ class AutoStrength:
     weight: float = 0.0
     largest: float = 0.0
 
+    @property
+    def most(self) -> float:
+        """Upper bound of λ."""
+        return min(LARGEST, max(LARGEST_UNEXPLAINED, 1.0 - self.unexplained))
+
     def update(self, loss: float, steps: int) -> float:
         """Takes the loss of an optimizer step up.
 
@@ -72,7 +79,7 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
-        self.value = max(SMALLEST, LARGEST * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
+        self.value = max(SMALLEST, self.most * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
         return self.value
 
     def state_dict(self) -> dict[str, Any]:

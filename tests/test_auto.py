@@ -12,7 +12,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import FITTED, LARGEST, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
+from hf_l2sp.auto import FITTED, LARGEST, LARGEST_UNEXPLAINED, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
 from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
 from hf_l2sp.press import unexplained
 
@@ -31,7 +31,7 @@ def test_it_is_its_formula():
     for count in range(1, len(losses) + 1):
         weights = [memory ** (count - 1 - number) for number in range(count)]
         average = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
-        expected = max(SMALLEST, LARGEST * (1 - average / (FITTED * 0.8**2 * 1.5)))
+        expected = max(SMALLEST, (1 - 0.8) * (1 - average / (FITTED * 0.8**2 * 1.5)))
         assert math.isclose(auto.update(losses[count - 1], STEPS), expected, rel_tol=1e-9)
     assert auto.loss / auto.weight == pytest.approx(average)
 
@@ -41,7 +41,7 @@ def test_it_is_off_until_the_examples_are_fitted():
     for _ in range(200):
         assert auto.update(1.01 * FITTED, STEPS) == SMALLEST
     values = [auto.update(0.0, STEPS) for _ in range(200)]
-    assert values == sorted(values) and math.isclose(values[-1], LARGEST, rel_tol=1e-3)
+    assert values == sorted(values) and math.isclose(values[-1], LARGEST_UNEXPLAINED, rel_tol=1e-3)
     for _ in range(200):  # and nothing is left of that
         auto.update(1.0, STEPS)
     assert auto.value < 1.01 * SMALLEST
@@ -50,7 +50,7 @@ def test_it_is_off_until_the_examples_are_fitted():
 @pytest.mark.parametrize("curvature", [0.2, 5.0])
 def test_its_fixed_point_is_that_of_a_model_that_answers(curvature):
     """Loss ½c(1 − θ)², θ0 = 0: the minimiser of loss + λθ² is c/(c + 2λ)."""
-    auto = AutoStrength(entropy=2.0, unexplained=1.0)
+    auto = AutoStrength(entropy=2.0, unexplained=0.8)
 
     def loss(strength):
         return 0.5 * curvature * (2 * strength / (curvature + 2 * strength)) ** 2
@@ -59,8 +59,8 @@ def test_its_fixed_point_is_that_of_a_model_that_answers(curvature):
     for _ in range(600):
         auto.update(loss(auto.value), STEPS)
     average = loss(auto.value)
-    assert 0.01 < auto.value < LARGEST
-    assert math.isclose(auto.value, LARGEST * (1 - average / (2.0 * FITTED)), rel_tol=1e-6)
+    assert 0.01 < auto.value < auto.most
+    assert math.isclose(auto.value, 0.2 * (1 - average / (2.0 * 0.8**2 * FITTED)), rel_tol=1e-6)
 
 
 def test_without_known_labels_it_goes_by_the_largest_loss():
@@ -83,9 +83,21 @@ def test_what_the_pretrained_model_tells_may_be_fitted():
         auto = AutoStrength(entropy=1.0, unexplained=share)
         for loss in (1.0, *[0.9 * FITTED * share**2] * 200):
             auto.update(loss, STEPS)
-        assert auto.value == pytest.approx(0.1 * LARGEST, rel=1e-3)
+        assert auto.value == pytest.approx(0.1 * auto.most, rel=1e-3)
     auto = AutoStrength(entropy=1.0, unexplained=0.0)
     assert [auto.update(loss, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
+
+
+@pytest.mark.parametrize(
+    ("share", "most"),
+    [(0.0, LARGEST), (0.5, LARGEST), (0.75, 0.25), (0.9, 0.1), (1.0, LARGEST_UNEXPLAINED), (2.0, LARGEST_UNEXPLAINED)],
+)
+def test_it_pulls_no_harder_than_the_pretrained_model_is_worth(share, most):
+    auto = AutoStrength(entropy=1.0, unexplained=share)
+    for loss in (1.0, *[0.0] * 300):
+        auto.update(loss, STEPS)
+    assert auto.most == pytest.approx(most, rel=1e-9)
+    assert auto.value == pytest.approx(most if share else SMALLEST, rel=1e-6)
 
 
 def test_a_longer_training_is_looked_at_for_longer():
