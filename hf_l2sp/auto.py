@@ -10,7 +10,7 @@ from typing import Any
 SMALLEST = 1e-6
 # With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
 LARGEST = 0.3
-# The same where θ0 says nothing of the labels: all that is learned is away from it.
+# Upper bound of λ where θ0 says nothing of the labels. With `LARGEST` there λ swings between 0 and 0.2.
 LARGEST_UNEXPLAINED = 0.03
 # Part of the labels' entropy: a training loss below it is that of labels learned by heart, if θ0 says nothing of them.
 FITTED = 0.1
