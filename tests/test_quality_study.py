@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
 from _paired import paired, paired_in_groups  # noqa: E402  # isort: skip
 from _quality_rivals import AdamSPD, RecAdam, freeze_below, layer_groups, with_pretrained  # noqa: E402  # isort: skip
-from _quality_summary import beside_oracle, by_method, overall, strengths  # noqa: E402  # isort: skip
+from _quality_summary import beside_oracle, beside_other_draws, by_method, overall, strengths, summary  # noqa: E402  # isort: skip
 
 RATE = 0.05
 
@@ -144,6 +144,27 @@ def test_oracle_is_the_best_constant_strength_zero_among_them():
     }
     (found,) = strengths(RUNS)
     assert found["lambda"] == pytest.approx([0.3, 0.1]) and found["rows"] == [24, 24]
+
+
+def test_strength_of_the_other_draws_is_not_chosen_on_the_draw_that_it_is_scored_on():
+    # On draw 1 a pull of 0.1 is best by far and on the other two next best, so that the mean of the three is for it.
+    runs = [
+        *(entry("plain", seed, 0.5, 1.0) for seed in (1, 2, 3)),
+        *(entry("l2sp 0.1", seed, f1, 1.2) for seed, f1 in ((1, 0.9), (2, 0.45), (3, 0.45))),
+        *(entry("l2sp 0.3", seed, f1, 1.4) for seed, f1 in ((1, 0.4), (2, 0.52), (3, 0.52))),
+        entry("l2sp 1", 1, 0.99, 0.1),  # tried on no other draw: no reason to choose it
+        *(entry("auto", seed, 0.6, 1.1) for seed in (1, 2, 3)),
+    ]
+    (row,) = beside_other_draws(runs)
+    assert row["chosen"] == {"1": 0.3, "2": 0.1, "3": 0.1}
+    assert row["differences"]["f1_macro"] == pytest.approx([0.6 - 0.4, 0.6 - 0.45, 0.6 - 0.45])
+    assert row["differences"]["nll"] == pytest.approx([1.1 - 1.4, 1.1 - 1.2, 1.1 - 1.2])
+    # Of equally good ones the smallest; none where there is nothing to choose from.
+    (equal,) = beside_other_draws([*runs, *(entry("l2sp 0", seed, 0.5, 1.0) for seed in (1, 2, 3))])
+    assert equal["chosen"] == row["chosen"] and not beside_other_draws(RUNS[:2] + RUNS[-2:])
+    found = summary(runs)
+    assert found["overall_other_draws"]["f1_macro"]["mean"] == pytest.approx(0.5 / 3)
+    assert found["overall_other_draws"]["cells"] == found["overall"]["cells"] == 1
 
 
 def test_mean_over_all_cells_weighs_each_the_same():

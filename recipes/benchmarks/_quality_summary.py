@@ -105,13 +105,48 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
     return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
 
 
+def beside_other_draws(
+    runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str = "f1_macro"
+) -> list[dict[str, Any]]:
+    """A row per data set and shots: auto beside the constant λ that is best on the test texts of the *other* draws.
+
+    The best λ of the draws that it is scored on has their luck, too. Here every draw is scored with the λ that has the
+    best mean of the others, 0 among the grid; a λ takes part where both that draw and another have been trained with
+    it. `differences` are those of the draws, by score.
+    """
+    rows = []
+    for (data, shots), cell in cells_of(runs).items():
+        auto, plain = cell.get("auto", {}), cell["plain"]
+        tried = {float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}
+        grid = {0.0: plain, **dict(sorted(tried.items()))}
+        row: dict[str, Any] = {"data": data, "shots": shots, "chosen": {}, "differences": {s: [] for s in SHOWN}}
+        for seed in sorted(set(auto) & set(plain)):
+            gains = {
+                value: statistics.mean(beside({s: f for s, f in found.items() if s != seed}, plain, chooser))
+                for value, found in grid.items()
+                if seed in found and len(set(found) & set(plain)) > 1
+            }
+            if len(gains) < 2:
+                continue
+            best = max(gains, key=lambda value: (gains[value], -value))
+            row["chosen"][str(seed)] = best
+            for score in SHOWN:
+                row["differences"][score].append(auto[seed][score] - grid[best][seed][score])
+        if row["chosen"]:
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
+
+
 def overall(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What auto adds to plain in the mean over all data sets and shots; intervals as in `by_method`."""
     cells = [cell for cell in cells_of(runs).values() if "auto" in cell]
-    if not cells:
-        return {}
-    groups = {score: [beside(cell["auto"], cell["plain"], score) for cell in cells] for score in SHOWN}
-    return {"cells": len(cells), **{score: paired_in_groups(found) for score, found in groups.items()}}
+    return mean_of_cells({score: [beside(cell["auto"], cell["plain"], score) for cell in cells] for score in SHOWN})
+
+
+def mean_of_cells(groups: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """By score, of the differences of each cell's draws."""
+    cells = len(groups[SHOWN[0]])
+    return {"cells": cells, **{s: paired_in_groups(found) for s, found in groups.items()}} if cells else {}
 
 
 def strengths(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,10 +167,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """All of it, for the file of results; the methods at the number of shots that most runs have."""
     counts = Counter(run["shots"] for run in runs)
     shots = max(counts, key=lambda each: (counts[each], -each))
+    others = beside_other_draws(runs)
     return {
         "shots": shots,
         "methods": by_method(runs, shots),
         "oracle": beside_oracle(runs),
+        "other_draws": others,
         "overall": overall(runs),
+        "overall_other_draws": mean_of_cells({s: [row["differences"][s] for row in others] for s in SHOWN}),
         "strengths": strengths(runs),
     }
