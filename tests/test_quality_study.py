@@ -147,7 +147,7 @@ def test_oracle_is_the_best_constant_strength_zero_among_them():
 
 
 def test_strength_of_the_other_draws_is_not_chosen_on_the_draw_that_it_is_scored_on():
-    # On draw 1 a pull of 0.1 is best by far and on the other two next best, so that the mean of the three is for it.
+    # A pull of 0.1 is best by far on draw 1 and worse than none on the others: the best in the mean of all.
     runs = [
         *(entry("plain", seed, 0.5, 1.0) for seed in (1, 2, 3)),
         *(entry("l2sp 0.1", seed, f1, 1.2) for seed, f1 in ((1, 0.9), (2, 0.45), (3, 0.45))),
@@ -160,8 +160,9 @@ def test_strength_of_the_other_draws_is_not_chosen_on_the_draw_that_it_is_scored
     assert row["differences"]["f1_macro"] == pytest.approx([0.6 - 0.4, 0.6 - 0.45, 0.6 - 0.45])
     assert row["differences"]["nll"] == pytest.approx([1.1 - 1.4, 1.1 - 1.2, 1.1 - 1.2])
     # Of equally good ones the smallest; none where there is nothing to choose from.
-    (equal,) = beside_other_draws([*runs, *(entry("l2sp 0", seed, 0.5, 1.0) for seed in (1, 2, 3))])
-    assert equal["chosen"] == row["chosen"] and not beside_other_draws(RUNS[:2] + RUNS[-2:])
+    same = [{**run, "method": "l2sp 0.2"} for run in runs if run["method"] == "l2sp 0.3"]
+    (equal,) = beside_other_draws([*runs, *same])
+    assert equal["chosen"] == {"1": 0.2, "2": 0.1, "3": 0.1} and not beside_other_draws(RUNS[:2] + RUNS[-2:])
     found = summary(runs)
     assert found["overall_other_draws"]["f1_macro"]["mean"] == pytest.approx(0.5 / 3)
     assert found["overall_other_draws"]["cells"] == found["overall"]["cells"] == 1

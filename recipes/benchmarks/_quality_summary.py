@@ -10,6 +10,8 @@ from _paired import paired_in_groups, spread
 
 SHOWN = ("f1_macro", "nll", "ece")
 HIGHER_IS_BETTER = ("f1_macro",)
+# By which the best λ is chosen, on the test texts; names of methods with a constant λ begin with CONSTANT.
+CHOOSER, CONSTANT = "f1_macro", "l2sp "
 # By seed, of one method in one cell.
 Found = dict[int, dict[str, float]]
 
@@ -63,7 +65,22 @@ def standard_error(values: list[float]) -> float | None:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str = "f1_macro") -> list[dict[str, Any]]:
+def tried_strengths(cell: dict[str, Found]) -> dict[float, Found]:
+    """By λ, the runs with a constant one."""
+    return {float(name.removeprefix(CONSTANT)): found for name, found in cell.items() if name.startswith(CONSTANT)}
+
+
+def best_of(gains: dict[float, float]) -> float:
+    """The λ that gains most; the smallest of several."""
+    return max(gains, key=lambda value: (gains[value], -value))
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By data set and shots, all texts (0) last."""
+    return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
+
+
+def beside_oracle(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per data set and shots: auto beside plain, and beside the constant λ that is best *on the test texts*.
 
     Such an oracle is what no search on validation texts can beat. `error` is the standard error of the mean
@@ -76,13 +93,13 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
         if not auto:
             continue
         row: dict[str, Any] = {"data": data, "shots": shots, "draws": len(auto)}
-        tried = {float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}
+        tried = tried_strengths(cell)
         most = max(map(len, tried.values()), default=0)
         tried = {value: found for value, found in tried.items() if len(found) == most}
         draws = set.intersection(*map(set, tried.values())) if tried else set(plain)
         grid = {0.0: {seed: scores for seed, scores in plain.items() if seed in draws}, **tried}
-        gains = {value: statistics.mean(beside(found, plain, chooser)) for value, found in grid.items()}
-        best = max(gains, key=lambda value: (gains[value], -value))
+        gains = {value: statistics.mean(beside(found, plain, CHOOSER)) for value, found in grid.items()}
+        best = best_of(gains)
         row["grid"], row["best"] = sorted(grid), best
         for name, other in (("plain", plain), ("oracle", grid[best])):
             row[name] = {}
@@ -102,12 +119,10 @@ def beside_oracle(runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str 
                 for name, found in (("plain", plain), ("auto", auto))
             }
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
+    return in_order(rows)
 
 
-def beside_other_draws(
-    runs: list[dict[str, Any]], kind: str = "l2sp ", chooser: str = "f1_macro"
-) -> list[dict[str, Any]]:
+def beside_other_draws(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per data set and shots: auto beside the constant λ that is best on the test texts of the *other* draws.
 
     The best λ of the draws that it is scored on has their luck, too. Here every draw is scored with the λ that has the
@@ -117,24 +132,23 @@ def beside_other_draws(
     rows = []
     for (data, shots), cell in cells_of(runs).items():
         auto, plain = cell.get("auto", {}), cell["plain"]
-        tried = {float(m.removeprefix(kind)): f for m, f in cell.items() if m.startswith(kind)}
-        grid = {0.0: plain, **dict(sorted(tried.items()))}
+        grid = {0.0: plain, **tried_strengths(cell)}
         row: dict[str, Any] = {"data": data, "shots": shots, "chosen": {}, "differences": {s: [] for s in SHOWN}}
         for seed in sorted(set(auto) & set(plain)):
             gains = {
-                value: statistics.mean(beside({s: f for s, f in found.items() if s != seed}, plain, chooser))
+                value: statistics.mean(beside({s: f for s, f in found.items() if s != seed}, plain, CHOOSER))
                 for value, found in grid.items()
                 if seed in found and len(set(found) & set(plain)) > 1
             }
             if len(gains) < 2:
                 continue
-            best = max(gains, key=lambda value: (gains[value], -value))
+            best = best_of(gains)
             row["chosen"][str(seed)] = best
             for score in SHOWN:
                 row["differences"][score].append(auto[seed][score] - grid[best][seed][score])
         if row["chosen"]:
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["data"], row["shots"] or 10**9))
+    return in_order(rows)
 
 
 def overall(runs: list[dict[str, Any]]) -> dict[str, Any]:
