@@ -17,6 +17,11 @@ SHOWN = ("f1_macro", "nll")  # of the quality study
 FILES = (RECIPES.parent / "README.md", RECIPES / "data" / "clinical_notes" / "README.md")
 
 
+def interval(found: dict[str, float]) -> str:
+    """A mean difference and its 95 % interval."""
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
 def main_job() -> str:
     lines = [
         "| training notes | method | macro-F1 | NLL | ECE |",
@@ -138,7 +143,7 @@ def scarce_labels() -> str:
 
     def beside(found: dict[str, Any]) -> str:
         other = found.get("beside_l2sp")
-        return "" if other is None else f"{other['mean']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}]"
+        return "" if other is None else interval(other)
 
     for row in result["summary"]:
         cells = [str(row["shots"]), named[row["method"]]]
@@ -195,7 +200,7 @@ def quality() -> str:
             cells += ["", "", ""]
         else:
             pooled = [row["all"][score] for score in SHOWN]
-            cells += [f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]" for found in pooled]
+            cells += [interval(found) for found in pooled]
             cells.append(" and ".join(str(found["wins"]) for found in pooled) + f" of {row['draws']}")
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     training, rows = result["config"]["training"], result["config"]["test_rows"]
@@ -235,8 +240,7 @@ def oracle() -> str:
         cells.append("" if other is None else " / ".join(f"{statistics.mean(other[s]):+.3f}" for s in SHOWN))
         lines.append(f"| {' | '.join(cells)} |")
     whole, part = (
-        " / ".join(f"{mean[s]['mean']:+.3f} [{mean[s]['low']:+.3f}, {mean[s]['high']:+.3f}]" for s in SHOWN)
-        + f" ({mean['cells']} rows)"
+        f"{' / '.join(interval(mean[s]) for s in SHOWN)} ({mean['cells']} rows)"
         for mean in (summary["overall"], summary["overall_other_draws"])
     )
     lines.append(f"| mean [95 %] | | | | {whole} | | | {part} |")
