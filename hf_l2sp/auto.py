@@ -16,18 +16,25 @@ LARGEST_UNEXPLAINED = 0.03
 FITTED = 0.1
 # Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
 UNKNOWN = 0.7
+# The early pull is let go over that part of the training.
+HELD = 0.8
+# What the last layer adds to the labels, times what it leaves open, from which the early pull is `LARGEST`.
+WORTH = 0.06
+# Passes over the data up to which there is no early pull, for it needs time, and from which on there is all of it.
+FEW_PASSES, MANY_PASSES = 4.0, 16.0
 # Optimizer steps that the moving average of the loss looks back on: part of the training, and the fewest.
 SPAN, SHORTEST = 1 / 16, 4
 
 
 @dataclass
 class AutoStrength:
-    """λ from the loss that is trained on: next to 0 until the examples are fitted, the larger the better they are.
+    """λ from the loss that is trained on, and an early pull where θ0's last layer knows what no lower one does.
 
-    With L the moving average of the training loss and δ = `FITTED` · u² times the entropy of the labels,
-    λ = m · max(0, 1 − L/δ). u is the share of the labels' variance that θ0's representations leave unexplained
-    (`press.unexplained`): 1 where all that is learned is by heart, next to 0 where θ0 tells the classes apart and a
-    small loss is well earned. θ0 is worth what it explains: m = 1 − u, within `LARGEST_UNEXPLAINED` and `LARGEST`.
+    Late: next to 0 until the examples are fitted, the larger the better they are. With L the moving average of the
+    training loss and δ = `FITTED` · u² times the entropy of the labels, λ = m · max(0, 1 − L/δ). u is the share of the
+    labels' variance that θ0's representations leave unexplained (`press.unexplained`): 1 where all that is learned is
+    by heart, next to 0 where θ0 tells the classes apart and a small loss is well earned. θ0 is worth what it explains:
+    m = 1 − u, within `LARGEST_UNEXPLAINED` and `LARGEST`.
 
     This is the discrepancy principle (Morozov, "On the Solution of Functional Equations by the Method of
     Regularization", Soviet Mathematics Doklady 7, 1966): a model should not be fitted to its data better than the
@@ -36,13 +43,16 @@ class AutoStrength:
     larger logits. Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training Error?" (2020), keep the
     loss at such a level by turning its gradient round; here the pull to θ0 does.
 
-    The rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come near
-    0, as with label smoothing, leaves λ next to 0.
+    The late rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come
+    near 0, as with label smoothing, leaves λ next to 0.
+
+    Early: λ falls from `early` (`early_pull`) to 0 over the first `HELD` of the steps. The larger of the two counts.
 
     Attributes:
         entropy: Of the labels, in units of the loss; infinite where it is not known, 0 to leave λ next to 0. δ is
             relative to it, or to the largest average of the loss so far, if that is less.
         unexplained: u.
+        early: λ at the first step.
         value: λ now.
         loss: Moving average of the training loss, that began at 0.
         weight: Sum of the average's weights.
@@ -51,6 +61,7 @@ class AutoStrength:
 
     entropy: float = math.inf
     unexplained: float = UNKNOWN
+    early: float = 0.0
     value: float = SMALLEST
     loss: float = 0.0
     weight: float = 0.0
@@ -61,11 +72,16 @@ class AutoStrength:
         """Upper bound of λ."""
         return min(LARGEST, max(LARGEST_UNEXPLAINED, 1.0 - self.unexplained))
 
-    def update(self, loss: float, steps: int) -> float:
+    def begin(self, early: float) -> None:
+        """Sets λ for the first step."""
+        self.early, self.value = early, max(SMALLEST, early)
+
+    def update(self, loss: float, step: int, steps: int) -> float:
         """Takes the loss of an optimizer step up.
 
         Args:
             loss: Task loss of the step.
+            step: Optimizer steps so far.
             steps: Optimizer steps of the whole training.
 
         Returns:
@@ -79,7 +95,8 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
-        self.value = max(SMALLEST, self.most * (1.0 - average / fitted)) if fitted > 0.0 else SMALLEST
+        late = self.most * (1.0 - average / fitted) if fitted > 0.0 else 0.0
+        self.value = max(SMALLEST, late, self.early * (1.0 - step / (HELD * steps)))
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,8 +112,31 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            numbers = {name: float(state[name]) for name in ("unexplained", "value", "loss", "weight", "largest")}
+            numbers = {
+                name: float(state[name]) for name in ("unexplained", "early", "value", "loss", "weight", "largest")
+            }
             entropy = math.inf if state["entropy"] is None else float(state["entropy"])
             return cls(entropy=entropy, **numbers)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of l2sp_schedule='auto' is damaged ({error!r}).") from None
+
+
+def early_pull(unexplained: float, added: float, passes: float) -> float:
+    """λ at the first step: what θ0's last layer knows of the labels is lost first, and must be worth the slower start.
+
+    A new head begins at random, and its gradients turn the representations away from what they told of the labels
+    before the head has learned to read it (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", 2022). Where the embeddings or a lower layer tell as much, little can be lost. With
+    only a few passes over the data, to be slowed down costs more.
+
+    Args:
+        unexplained: Share of the labels' variance that the last layer leaves unexplained (`press.unexplained`).
+        added: Share that it explains and no lower one does (`press.last_layer_adds`).
+        passes: Over the training examples, in all of the training.
+
+    Returns:
+        0 to `LARGEST`.
+    """
+    worth = min(1.0, (min(1.0, unexplained) * max(0.0, added) / WORTH) ** 4)
+    time = min(1.0, max(0.0, (passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES)))
+    return LARGEST * worth * time

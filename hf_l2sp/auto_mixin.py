@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from .auto import AutoStrength
+from .auto import AutoStrength, early_pull
 from .fisher_rows import NO_LABEL
 from .naming import unwrap
-from .press import unexplained
+from .press import last_layer_adds, unexplained
 from .representations import Represented, represented
 from .state import read_state
 from .traceless import evaluated, own_randomness
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 # Training examples of whose labels the entropy is taken.
 LABELLED_ROWS = 256
 # Those among them that θ0 is run on, as part of all that the training runs on.
-LOOKED_AT = 0.03
+LOOKED_AT = 0.06
 
 
 class L2SPAutoMixin:
@@ -90,14 +90,18 @@ class L2SPAutoMixin:
                         "pulls and keeps all entities. For the likelihood, set l2sp_lambda by hand; 0.01 is a start."
                     )
                 return
-            share = self._l2sp_unexplained(loader, rows)
-        if share is not None:
+            seen = self._l2sp_represented(loader, rows)
+        share = None if seen is None else unexplained(seen.layers[-1], seen.targets)
+        if seen is not None and share is not None:
+            added = last_layer_adds(seen.layers, seen.targets) or 0.0
             # Over processes that saw the same, but may have rounded in other ways.
-            found = torch.tensor(share, device=self.args.device)
-            auto.unexplained = float(self.accelerator.reduce(found, "mean"))  # type: ignore[attr-defined]
+            found = torch.tensor([share, added], device=self.args.device)
+            auto.unexplained, added = self.accelerator.reduce(found, "mean").tolist()  # type: ignore[attr-defined]
+            auto.begin(early_pull(auto.unexplained, added, self._l2sp_trained_on() / len(data)))
         logger.info(
             f"l2sp_schedule='auto': labels of {auto.entropy:.3g} nats, of whose variance the pretrained model's "
-            f"representations leave {auto.unexplained:.0%} unexplained{'' if share is not None else ' (assumed)'}."
+            f"representations leave {auto.unexplained:.0%} unexplained{'' if share is not None else ' (assumed)'}; "
+            f"λ begins at {auto.value:.3g}."
         )
 
     def _l2sp_labels(self, batch: Any) -> Tensor | None:
@@ -105,14 +109,17 @@ class L2SPAutoMixin:
         labels = next((named[name] for name in self.label_names if name in named), None)  # type: ignore[attr-defined]
         return labels if isinstance(labels, Tensor) else None
 
-    def _l2sp_unexplained(self, loader: DataLoader[Any], rows: Sequence[int]) -> float | None:
-        """See `unexplained`; None where it is not known. All processes look at the same rows."""
+    def _l2sp_trained_on(self) -> int:
+        """Examples in all steps of all epochs together."""
+        return self.state.max_steps * self.get_total_train_batch_size(self.args)  # type: ignore[attr-defined,no-any-return]
+
+    def _l2sp_represented(self, loader: DataLoader[Any], rows: Sequence[int]) -> Represented | None:
+        """What θ0 makes of the first of some rows; None where it is not known. All processes look at the same ones."""
         assert self.l2sp_anchor is not None
         # 1 where this version of transformers does not know it.
         if any(getattr(self, f"get_{kind}_size", lambda: 1)() > 1 for kind in ("cp", "sp")):
             return None  # a process may have no room for whole texts
-        trained_on = self.state.max_steps * self.get_total_train_batch_size(self.args)  # type: ignore[attr-defined]
-        rows = rows[: int(LOOKED_AT * trained_on)]
+        rows = rows[: int(LOOKED_AT * self._l2sp_trained_on())]
         size = self._train_batch_size  # type: ignore[attr-defined]
         bare = unwrap(self.model)  # type: ignore[attr-defined]
         model = self.model_wrapped if self.l2sp_anchor.backend.sharded else bare  # type: ignore[attr-defined]
@@ -130,8 +137,9 @@ class L2SPAutoMixin:
                 found.append(part)
         if not found:
             return None
-        features, targets = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-        return unexplained(features, targets)
+        layers = zip(*(part.layers for part in found), strict=True)
+        targets = torch.cat([part.targets for part in found]).cpu()
+        return Represented([torch.cat(parts).cpu() for parts in layers], targets)
 
     def _l2sp_note_loss(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch, which is its share of that of the step."""
@@ -148,7 +156,7 @@ class L2SPAutoMixin:
         """Takes up the loss of the last step, if that was not done already."""
         if self._l2sp_auto is not None and self._l2sp_loss is not None:
             loss, self._l2sp_loss = float(self._l2sp_loss), None
-            self._l2sp_auto.update(loss, self.state.max_steps)
+            self._l2sp_auto.update(loss, self.state.global_step, self.state.max_steps)
 
 
 def label_entropy(labels: Tensor) -> float:

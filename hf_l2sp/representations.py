@@ -1,4 +1,4 @@
-"""What a model makes of labelled examples: its last hidden states, beside what is to be predicted from them."""
+"""What a model makes of labelled examples: its hidden states, beside what is to be predicted from them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Represented(NamedTuple):
     """Examples to regress on.
 
     Attributes:
-        features: Last hidden states, the mean over the tokens. Shape: (n, d).
+        layers: Hidden states, the mean over the tokens, from the embeddings to the last layer. Shape of each: (n, d).
         targets: One-hot classes, or the numbers themselves. Shape: (n, k).
     """
 
-    features: Tensor
+    layers: list[Tensor]
     targets: Tensor
 
 
@@ -49,17 +49,23 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     known = inspect.signature(inner.forward).parameters
     inputs = {name: value for name, value in batch.items() if name in known and value is not labels}
     output = model(**inputs, output_hidden_states=True, return_dict=True)
-    layers = output.get("hidden_states") or output.get("encoder_hidden_states")
-    if not layers or layers[-1].dim() != 3 or len(layers[-1]) != len(labels):
+    states = output.get("hidden_states") or output.get("encoder_hidden_states")
+    if not states or states[-1].dim() != 3 or len(states[-1]) != len(labels):
         return None
-    last = layers[-1].float()
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != last.shape[:2]:
-        mask = torch.ones(last.shape[:2])
-    mask = mask.to(last)[..., None]
-    features = (last * mask).sum(1) / mask.sum(1).clamp(min=1)  # no product that autocast would round
-    labels = labels.to(last.device)  # a model may be spread over several
+    layers = [
+        _token_mean(state, batch.get("attention_mask")) for state in states if state.shape[:2] == states[-1].shape[:2]
+    ]
+    labels = labels.to(layers[-1].device)  # a model may be spread over several
     if numbers:
-        return Represented(features, labels.view(len(labels), -1))
+        return Represented(layers, labels.view(len(labels), -1))
     kept = labels != NO_LABEL
-    return Represented(features[kept], nn.functional.one_hot(labels[kept].long(), classes))
+    classes_of = nn.functional.one_hot(labels[kept].long(), classes)
+    return Represented([layer[kept.to(layer.device)] for layer in layers], classes_of)
+
+
+def _token_mean(states: Tensor, mask: Any) -> Tensor:
+    """Over the tokens that are attended to; in float32, with no product that autocast would round."""
+    states = states.float()
+    known = isinstance(mask, Tensor) and mask.shape == states.shape[:2]
+    weights: Tensor = (mask if known else torch.ones(states.shape[:2])).to(states)[..., None]
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)

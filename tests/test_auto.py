@@ -12,7 +12,17 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
-from hf_l2sp.auto import FITTED, LARGEST, LARGEST_UNEXPLAINED, SHORTEST, SMALLEST, SPAN, UNKNOWN, AutoStrength
+from hf_l2sp.auto import (
+    FITTED,
+    LARGEST,
+    LARGEST_UNEXPLAINED,
+    SHORTEST,
+    SMALLEST,
+    SPAN,
+    UNKNOWN,
+    AutoStrength,
+    early_pull,
+)
 from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
 from hf_l2sp.press import unexplained
 
@@ -32,18 +42,18 @@ def test_it_is_its_formula():
         weights = [memory ** (count - 1 - number) for number in range(count)]
         average = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
         expected = max(SMALLEST, (1 - 0.8) * (1 - average / (FITTED * 0.8**2 * 1.5)))
-        assert math.isclose(auto.update(losses[count - 1], STEPS), expected, rel_tol=1e-9)
+        assert math.isclose(auto.update(losses[count - 1], count, STEPS), expected, rel_tol=1e-9)
     assert auto.loss / auto.weight == pytest.approx(average)
 
 
 def test_it_is_off_until_the_examples_are_fitted():
     auto = AutoStrength(entropy=1.0, unexplained=1.0)
     for _ in range(200):
-        assert auto.update(1.01 * FITTED, STEPS) == SMALLEST
-    values = [auto.update(0.0, STEPS) for _ in range(200)]
+        assert auto.update(1.01 * FITTED, 1, STEPS) == SMALLEST
+    values = [auto.update(0.0, 1, STEPS) for _ in range(200)]
     assert values == sorted(values) and math.isclose(values[-1], LARGEST_UNEXPLAINED, rel_tol=1e-3)
     for _ in range(200):  # and nothing is left of that
-        auto.update(1.0, STEPS)
+        auto.update(1.0, 1, STEPS)
     assert auto.value < 1.01 * SMALLEST
 
 
@@ -55,9 +65,9 @@ def test_its_fixed_point_is_that_of_a_model_that_answers(curvature):
     def loss(strength):
         return 0.5 * curvature * (2 * strength / (curvature + 2 * strength)) ** 2
 
-    auto.update(3.0, STEPS)
+    auto.update(3.0, 1, STEPS)
     for _ in range(600):
-        auto.update(loss(auto.value), STEPS)
+        auto.update(loss(auto.value), 1, STEPS)
     average = loss(auto.value)
     assert 0.01 < auto.value < 0.2
     assert math.isclose(auto.value, 0.2 * (1 - average / (2.0 * 0.8**2 * FITTED)), rel_tol=1e-6)
@@ -68,12 +78,12 @@ def test_without_known_labels_it_goes_by_the_largest_loss():
     runs = []
     for scale in (1.0, 1000.0):
         auto = AutoStrength()
-        runs.append([auto.update(scale * 2.0 * 0.8**step, STEPS) for step in range(40)])
+        runs.append([auto.update(scale * 2.0 * 0.8**step, 1, STEPS) for step in range(40)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-9) and runs[0][0] == SMALLEST < runs[0][-1]
     # A model that was trained before has little to lose from the start.
     auto = AutoStrength(entropy=1.6)
     for _ in range(50):
-        auto.update(0.02, STEPS)
+        auto.update(0.02, 1, STEPS)
     assert auto.value == SMALLEST
 
 
@@ -82,10 +92,10 @@ def test_what_the_pretrained_model_tells_may_be_fitted():
     for share, most in ((1.0, LARGEST_UNEXPLAINED), (0.5, LARGEST), (0.25, LARGEST)):
         auto = AutoStrength(entropy=1.0, unexplained=share)
         for loss in (1.0, *[0.9 * FITTED * share**2] * 200):
-            auto.update(loss, STEPS)
+            auto.update(loss, 1, STEPS)
         assert auto.value == pytest.approx(0.1 * most, rel=1e-3)
     auto = AutoStrength(entropy=1.0, unexplained=0.0)
-    assert [auto.update(loss, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
+    assert [auto.update(loss, 1, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,7 @@ def test_what_the_pretrained_model_tells_may_be_fitted():
 def test_it_pulls_no_harder_than_the_pretrained_model_is_worth(share, most):
     auto = AutoStrength(entropy=1.0, unexplained=share)
     for loss in (1.0, *[0.0] * 300):
-        auto.update(loss, STEPS)
+        auto.update(loss, 1, STEPS)
     assert auto.most == pytest.approx(most, rel=1e-9)
     assert auto.value == pytest.approx(most if share else SMALLEST, rel=1e-6)
 
@@ -103,31 +113,63 @@ def test_it_pulls_no_harder_than_the_pretrained_model_is_worth(share, most):
 def test_a_longer_training_is_looked_at_for_longer():
     short, long = AutoStrength(1.0), AutoStrength(1.0)
     for step in range(60):
-        short.update(1.0 if step < 30 else 0.0, STEPS)
-        long.update(1.0 if step < 30 else 0.0, 100 * STEPS)
+        short.update(1.0 if step < 30 else 0.0, 1, STEPS)
+        long.update(1.0 if step < 30 else 0.0, 1, 100 * STEPS)
     assert short.value > 0.85 * LARGEST and long.value == SMALLEST
+
+
+def test_the_early_pull_is_let_go():
+    """In a straight line to 0 at 0.8 of the steps; where the late rule asks for more, that counts."""
+    auto = AutoStrength(entropy=1.0, unexplained=0.8)
+    auto.begin(0.24)
+    assert auto.value == 0.24
+    assert [auto.update(2.0, step, 100) for step in (20, 40, 79)] == pytest.approx([0.18, 0.12, 0.003])
+    assert auto.update(2.0, 80, 100) == auto.update(2.0, 100, 100) == SMALLEST
+    for _ in range(300):
+        auto.update(0.0, 40, 100)
+    assert auto.value == pytest.approx(0.2, rel=1e-3) and auto.update(0.0, 8, 100) == pytest.approx(0.216)
+    auto.begin(0.0)
+    assert auto.value == SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("unexplained", "added", "passes", "expected"),
+    [
+        (0.6, 0.1, 16.0, 0.3),
+        (0.6, 0.05, 16.0, 0.3 / 16),
+        (0.3, 0.1, 99.0, 0.3 / 16),
+        (0.7, 0.3, 10.0, 0.15),
+        (0.7, 0.3, 4.0, 0.0),
+        (0.7, 0.3, 0.1, 0.0),
+        (0.7, -0.3, 30.0, 0.0),
+        (2.0, 0.03, 30.0, 0.3 / 16),
+    ],
+)
+def test_the_early_pull_is_what_the_last_layer_adds_and_there_is_time_for(unexplained, added, passes, expected):
+    assert early_pull(unexplained, added, passes) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_none_changes_nothing(loss):
     auto = AutoStrength(1.0)
-    auto.update(0.3, STEPS)
+    auto.update(0.3, 1, STEPS)
     before = auto.state_dict()
-    assert auto.update(loss, STEPS) == auto.value and auto.state_dict() == before
+    assert auto.update(loss, 1, STEPS) == auto.value and auto.state_dict() == before
 
 
 @pytest.mark.parametrize("entropy", [0.0, 1.1, math.inf])
 def test_it_stays_within_bounds(entropy):
     auto = AutoStrength(entropy)
     for loss in [5.0, 0.0, -3.0, 0.0, 1e9, 0.0] * 20:
-        assert SMALLEST <= auto.update(loss, STEPS) <= LARGEST
+        assert SMALLEST <= auto.update(loss, 1, STEPS) <= LARGEST
 
 
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
     auto = AutoStrength(entropy, unexplained=2 / 3)
+    auto.begin(1 / 7)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
-        auto.update(loss, STEPS)
+        auto.update(loss, 1, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
     assert again == auto
     for damaged in ({"value": "x"}, {**auto.state_dict(), "loss": None}, {}):
@@ -201,9 +243,10 @@ def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
     """The task loss of all micro-batches, without the penalty; λ follows one step later."""
     told, update = [], AutoStrength.update
 
-    def tell(self, loss, steps):
+    def tell(self, loss, step, steps):
         told.append(loss)
-        return update(self, loss, steps)
+        assert step == len(told)
+        return update(self, loss, step, steps)
 
     monkeypatch.setattr(AutoStrength, "update", tell)
     trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=2)
@@ -219,7 +262,7 @@ def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
     sums = [sum(losses[i : i + 2]) - penalty for i, penalty in zip(range(0, 120, 2), penalties, strict=True)]
     assert len(told) >= 59 and told == pytest.approx(sums[: len(told)], abs=1e-6)
     replay = AutoStrength(trainer._l2sp_auto.entropy, trainer._l2sp_auto.unexplained)
-    assert strengths(trainer) == [SMALLEST, *(update(replay, loss, 60) for loss in told[:59])]
+    assert strengths(trainer) == [SMALLEST, *(update(replay, loss, 1, 60) for loss in told[:59])]
 
 
 def test_while_lambda_is_next_to_zero_it_is_plain_fine_tuning(make, monkeypatch):
@@ -277,9 +320,9 @@ def test_a_stream_goes_by_its_largest_loss(make, classification_data):
     assert trainer._l2sp_auto.entropy == math.inf and trainer._l2sp_auto.largest > 0.0
 
 
-def look(trainer):
+def look(trainer, steps=60):
     """What is found before the first step."""
-    auto, trainer.state.max_steps = AutoStrength(), 60
+    auto, trainer.state.max_steps = AutoStrength(), steps
     trainer._l2sp_prepare_anchor()
     trainer._l2sp_look_at_labels(auto, trainer.get_train_dataloader())
     return auto
@@ -301,7 +344,7 @@ def test_with_a_class_per_word_it_stays_next_to_zero(make, classification_data, 
     auto = look(make(data=[{**row, "labels": labels} for row in classification_data]))
     assert caplog.text.count("leaves λ next to 0 where every word") == off
     for loss in (1.0, *[0.0] * 200):
-        auto.update(loss, STEPS)
+        auto.update(loss, 1, STEPS)
     assert (auto.value == SMALLEST) == off
 
 
@@ -312,9 +355,9 @@ def test_labels_that_are_not_to_be_seen(make):
 
 def test_what_is_unexplained_is_that_of_the_pretrained_model(make, classification_data):
     """By hand: mean hidden states without dropout of as many rows as a training of this length looks at."""
-    trainer = make(max_steps=100)
+    trainer = make(max_steps=50)
     rows = random.Random(42).sample(range(len(classification_data)), len(classification_data))
-    rows = rows[: int(LOOKED_AT * 100 * 4)]
+    rows = rows[: int(LOOKED_AT * 50 * 4)]
     model = BertForSequenceClassification.from_pretrained(trainer.model.config._name_or_path, num_labels=3).eval()
     batch = trainer.data_collator([classification_data[row] for row in rows])
     with torch.no_grad():
@@ -328,7 +371,45 @@ def test_what_is_unexplained_is_that_of_the_pretrained_model(make, classificatio
 
 
 def test_a_short_training_looks_at_few_examples(make):
-    assert look(make()).unexplained == UNKNOWN
+    assert look(make(), steps=30).unexplained == UNKNOWN != look(make(), steps=40).unexplained
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """A last layer that adds .5, of a random model that would have nothing to add."""
+    monkeypatch.setattr("hf_l2sp.auto_mixin.last_layer_adds", lambda layers, targets: 0.5 * (len(layers) > 2))
+
+
+def test_lambda_begins_at_the_early_pull(make, early, classification_data):
+    trainer = make()
+    trainer.train()
+    passes = 60 * 4 / len(classification_data)
+    expected = early_pull(trainer._l2sp_auto.unexplained, 0.5, passes)
+    values = strengths(trainer)
+    assert values[0] == trainer._l2sp_auto.early == pytest.approx(expected, rel=1e-6) and expected > 0.01
+    assert values[:20] == pytest.approx([expected * (1 - step / 48) for step in range(20)], rel=1e-5)
+
+
+def test_what_the_last_layer_adds_is_that_of_the_pretrained_model(make, monkeypatch):
+    """The layers are those of θ0, from the embeddings on, without dropout."""
+    seen = []
+    monkeypatch.setattr("hf_l2sp.auto_mixin.last_layer_adds", lambda *found: seen.append(found))
+    trainer = make()
+    trainer.train()
+    (layers, targets), *others = seen
+    assert not others and trainer._l2sp_auto.early == 0.0  # None: not known
+    assert len(layers) == trainer.model.config.num_hidden_layers + 1
+    assert unexplained(layers[-1], targets) == pytest.approx(trainer._l2sp_auto.unexplained, rel=1e-6)
+
+
+def test_resumed_early_pull_is_uninterrupted(make, early):
+    common = {"save_strategy": "steps", "save_steps": 24, "num_train_epochs": 14, "max_steps": -1}
+    whole = make("whole", **common)
+    whole.train()
+    resumed = make("resumed", **common)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-24")
+    assert same(whole, resumed) and resumed._l2sp_auto == whole._l2sp_auto
+    assert strengths(resumed) == strengths(whole) and strengths(whole)[30] > SMALLEST
 
 
 def test_looking_at_labels_leaves_everything_as_it_was(make, classification_data):

@@ -10,25 +10,28 @@ from transformers import (
     BertModel,
 )
 
-from hf_l2sp.press import RIDGES, unexplained
+from hf_l2sp.press import RIDGES, last_layer_adds, left_out, unexplained
 from hf_l2sp.representations import represented
 
 
-def naive(features, targets):
-    """Fits every ridge anew without each example."""
+def naive_errors(features, targets, ridge):
+    """By refits without each example. Shape: (n,)."""
     x, y = features.double(), targets.double()
     size = (x - x.mean(0)).square().sum(1).mean()
-    base, errors = 0.0, dict.fromkeys(RIDGES, 0.0)
+    errors = []
     for number in range(len(x)):
         others = torch.arange(len(x)) != number
         mean_x, mean_y = x[others].mean(0), y[others].mean(0)
-        base += float((y[number] - mean_y).square().sum())
         centred = x[others] - mean_x
-        for ridge in RIDGES:
-            inner = centred.T @ centred + ridge * size * torch.eye(x.shape[1], dtype=x.dtype)
-            weights = torch.linalg.solve(inner, centred.T @ (y[others] - mean_y))
-            errors[ridge] += float((y[number] - mean_y - (x[number] - mean_x) @ weights).square().sum())
-    return min(errors.values()) / base
+        inner = centred.T @ centred + ridge * size * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(inner, centred.T @ (y[others] - mean_y))
+        errors.append((y[number] - mean_y - (x[number] - mean_x) @ weights).square().sum())
+    return torch.stack(errors)
+
+
+def naive_mean_errors(targets):
+    y = targets.double()
+    return torch.stack([(y[i] - y[torch.arange(len(y)) != i].mean(0)).square().sum() for i in range(len(y))])
 
 
 def data(count, noise):
@@ -38,11 +41,19 @@ def data(count, noise):
     return features, torch.nn.functional.one_hot(scores.argmax(1), 3)
 
 
+def naive(features, targets):
+    """With the best ridge. Shape: (n,)."""
+    return min((naive_errors(features, targets, ridge) for ridge in RIDGES), key=lambda errors: float(errors.sum()))
+
+
 @pytest.mark.parametrize("count", [8, 40])
 @pytest.mark.parametrize("noise", [0.0, 1.0, 10.0])
 def test_it_is_that_of_fits_without_each_example(count, noise):
     case = data(count, noise)
-    assert unexplained(*case) == pytest.approx(naive(*case), rel=1e-8)
+    found = left_out(*case)
+    torch.testing.assert_close(found.missed, naive(*case), rtol=1e-8, atol=0)
+    torch.testing.assert_close(found.mean, naive_mean_errors(case[1]), rtol=1e-8, atol=0)
+    assert unexplained(*case) == pytest.approx(float(naive(*case).sum() / found.mean.sum()), rel=1e-8)
 
 
 def test_noise_is_what_cannot_be_explained():
@@ -80,6 +91,38 @@ def test_without_enough_to_go_by_it_is_not_known():
     assert unexplained(torch.ones(30, 4), targets) == 1.0
 
 
+def test_what_the_last_layer_adds_is_that_of_refits():
+    torch.manual_seed(3)
+    features, targets = data(40, 0.3)
+    layers = [torch.randn(40, 5), features + 0.5 * torch.randn(40, 12), features]
+    errors = [naive(layer, targets) for layer in layers]
+    gain = min(errors[:2], key=lambda missed: float(missed.sum())) - errors[2]
+    expected = (gain.mean() - gain.std() / 40**0.5) / naive_mean_errors(targets).mean()
+    assert last_layer_adds(layers, targets) == pytest.approx(float(expected), rel=1e-8) and expected > 0.02
+
+
+def test_a_last_layer_that_knows_less_adds_nothing():
+    torch.manual_seed(3)
+    features, targets = data(200, 0.3)
+    noise = torch.randn(200, 12)
+    assert last_layer_adds([noise, features, noise], targets) < -0.2
+    assert last_layer_adds([noise, features, features], targets) == 0.0
+    assert last_layer_adds([noise, noise], torch.randn(200, 2)) <= 0.0
+    # Beside layers that are worse than the mean it is the mean that counts.
+    few = torch.randn(200, 1)
+    expected = (left_out(features, targets).mean.sum() - left_out(features, targets).missed.sum()) / left_out(
+        features, targets
+    ).mean.sum()
+    assert 0.0 < last_layer_adds([few, features], targets) <= float(expected)
+
+
+def test_one_layer_or_none_that_can_be_told_of_adds_what_is_not_known():
+    features, targets = data(30, 1.0)
+    assert last_layer_adds([features], targets) is None and last_layer_adds([], targets) is None
+    assert last_layer_adds([features[:7], features[:7]], targets[:7]) is None
+    assert last_layer_adds([features.where(features > 0, torch.nan), features], targets) is None
+
+
 # --- what a model makes of a batch ----------------------------------------------------------------------------------
 
 
@@ -97,9 +140,12 @@ def hidden(model, batch):
 def test_a_text_is_the_mean_of_its_tokens(tiny_bert_dir, batch):
     model = BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3).eval()
     labels = torch.tensor([2, -100, 0])
-    features, targets = represented(model, {**batch, "labels": labels}, labels)
-    whole = hidden(model, batch)
-    torch.testing.assert_close(features, torch.stack([whole[0].mean(0), whole[2, :3].mean(0)]))
+    layers, targets = represented(model, {**batch, "labels": labels}, labels)
+    every = model.base_model(**batch, output_hidden_states=True).hidden_states
+    assert len(layers) == len(every) == model.config.num_hidden_layers + 1
+    for layer, whole in zip(layers, every, strict=True):
+        torch.testing.assert_close(layer, torch.stack([whole[0].mean(0), whole[2, :3].mean(0)]))
+    torch.testing.assert_close(every[-1], hidden(model, batch))
     assert targets.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
@@ -108,8 +154,8 @@ def test_a_text_is_the_mean_of_its_tokens(tiny_bert_dir, batch):
 )
 def test_numbers_are_their_own_targets(tiny_bert_dir, batch, labels):
     model = BertForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=1).eval()
-    features, targets = represented(model, {**batch, "labels": labels}, labels)
-    assert torch.equal(targets, labels.view(3, -1)) and len(features) == 3
+    layers, targets = represented(model, {**batch, "labels": labels}, labels)
+    assert torch.equal(targets, labels.view(3, -1)) and all(len(layer) == 3 for layer in layers)
 
 
 def test_what_no_head_predicts_is_not_represented(tiny_bert_dir, batch):
@@ -133,4 +179,4 @@ def test_columns_that_the_model_does_not_take_are_left_out(tiny_bert_dir, batch)
     model = BertModel.from_pretrained(tiny_bert_dir)
     labels = torch.tensor([0, 1, 1])
     found = represented(model, {**batch, "labels": labels, "teacher_logits": torch.rand(3, 2)}, labels)
-    assert found is not None and found.features.shape == (3, model.config.hidden_size)
+    assert found is not None and found.layers[-1].shape == (3, model.config.hidden_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_l2sp.auto import SMALLEST, UNKNOWN
+from hf_l2sp.auto import HELD, SMALLEST, UNKNOWN
 
 from .test_backends import needs_equal_task, relative_error, tolerance
 
@@ -16,6 +16,15 @@ def test_what_is_unexplained_is_that_of_one_process(launch, single):
     expected = single.outcomes[0]["unexplained"]
     assert first == second and expected != UNKNOWN
     assert first == pytest.approx(expected, rel=tolerance(launch, 1e-5, 1e-2))
+
+
+def test_early_pull_is_that_of_one_process(launch, single):
+    """Which layer is the best of the lower ones may hang by a thread in bfloat16."""
+    first, second = (outcome["early"] for outcome in launch.outcomes)
+    expected = single.outcomes[0]["early"]
+    assert first == second and len(first) == len(expected) == 6 and expected[0] > 1e-3
+    assert first == pytest.approx([first[0] * max(0.0, 1 - step / (HELD * 6)) for step in range(6)], abs=SMALLEST)
+    assert first[0] == pytest.approx(expected[0], rel=tolerance(launch, 1e-3, 5e-2))
 
 
 def test_strength_is_that_of_one_process(launch, single):

@@ -102,6 +102,7 @@ from transformers import (  # noqa: E402
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
+from hf_l2sp.press import last_layer_adds  # noqa: E402
 
 
 def arguments(cls: type[TrainingArguments], name: str, **changes: Any) -> TrainingArguments:
@@ -300,6 +301,14 @@ def main() -> None:
     with mock.patch("hf_l2sp.auto.FITTED", 0.95), mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0):
         found = run("auto", **auto)
     outcome["auto"], outcome["unexplained"] = found_strengths(found), found._l2sp_auto.unexplained
+    # And that there is something to let go of: these layers know nothing, and there are few passes.
+    with (
+        mock.patch("hf_l2sp.auto.FEW_PASSES", 0.0),
+        mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0),
+        mock.patch("hf_l2sp.auto_mixin.last_layer_adds", lambda *seen: abs(last_layer_adds(*seen) or 0.0)),
+    ):
+        found = run("early", **{**auto, "num_train_epochs": 1})
+    outcome["early"] = found_strengths(found)
     outcome["evaluated"] = [evaluated(cls) for cls in (Trainer, L2SPTrainer)]
     whole_on_each = BACKEND in ("single", "ddp")
     if whole_on_each:
