@@ -19,12 +19,12 @@ def test_what_is_unexplained_is_that_of_one_process(launch, single):
 
 
 def test_early_pull_is_that_of_one_process(launch, single):
-    """Which layer is the best of the lower ones may hang by a thread in bfloat16."""
+    """The fourth power of what is measured, with four times its rounding: the root is compared."""
     first, second = (outcome["early"] for outcome in launch.outcomes)
     expected = single.outcomes[0]["early"]
     assert first == second and len(first) == len(expected) == 6 and expected[0] > 1e-3
     assert first == pytest.approx([first[0] * max(0.0, 1 - step / (HELD * 6)) for step in range(6)], abs=SMALLEST)
-    assert first[0] == pytest.approx(expected[0], rel=tolerance(launch, 1e-3, 5e-2))
+    assert first[0] ** 0.25 == pytest.approx(expected[0] ** 0.25, rel=tolerance(launch, 1e-5, 5e-2))
 
 
 def test_strength_is_that_of_one_process(launch, single):

@@ -304,6 +304,7 @@ def main() -> None:
     # And that there is something to let go of: these layers know nothing, and there are few passes.
     with (
         mock.patch("hf_l2sp.auto.FEW_PASSES", 0.0),
+        mock.patch("hf_l2sp.auto.MANY_PASSES", 1.0),
         mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0),
         mock.patch("hf_l2sp.auto_mixin.last_layer_adds", lambda *seen: abs(last_layer_adds(*seen) or 0.0)),
     ):
