@@ -126,8 +126,8 @@ def early_pull(unexplained: float, added: float, passes: float) -> float:
 
     A new head begins at random, and its gradients turn the representations away from what they told of the labels
     before the head has learned to read it (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution", 2022). Where the embeddings or a lower layer tell as much, little can be lost. With
-    only a few passes over the data, to be slowed down costs more.
+    Out-of-Distribution", 2022). Where the embeddings or a lower layer tell as much, little can be lost. With few
+    passes over the data, to be slowed down costs more.
 
     Args:
         unexplained: Share of the labels' variance that the last layer leaves unexplained (`press.unexplained`).

@@ -275,16 +275,21 @@ def test_while_lambda_is_next_to_zero_it_is_plain_fine_tuning(make, monkeypatch)
     assert same(auto, plain) and auto._l2sp_auto.value > SMALLEST
 
 
-def test_resumed_is_uninterrupted(make):
+def check_resumed_is_uninterrupted(make, *steps):
+    """At ends of epochs: Trainer of transformers 4 goes on elsewhere in the middle of one. Returns the whole run."""
     common = {"save_strategy": "steps", "save_steps": 24, "num_train_epochs": 14, "max_steps": -1}
     whole = make("whole", **common)
     whole.train()
-    assert max(strengths(whole)) > 1e-3
-    for step in (24, 72):  # ends of epochs: Trainer of transformers 4 goes on elsewhere in the middle of one
+    for step in steps:
         resumed = make("resumed", **common)
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
         assert same(whole, resumed) and resumed._l2sp_auto == whole._l2sp_auto
         assert strengths(resumed) == strengths(whole)
+    return whole
+
+
+def test_resumed_is_uninterrupted(make):
+    assert max(strengths(check_resumed_is_uninterrupted(make, 24, 72))) > 1e-3
 
 
 def test_one_by_four_is_four_by_one(make):
@@ -403,13 +408,7 @@ def test_what_the_last_layer_adds_is_that_of_the_pretrained_model(make, monkeypa
 
 
 def test_resumed_early_pull_is_uninterrupted(make, early):
-    common = {"save_strategy": "steps", "save_steps": 24, "num_train_epochs": 14, "max_steps": -1}
-    whole = make("whole", **common)
-    whole.train()
-    resumed = make("resumed", **common)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-24")
-    assert same(whole, resumed) and resumed._l2sp_auto == whole._l2sp_auto
-    assert strengths(resumed) == strengths(whole) and strengths(whole)[30] > SMALLEST
+    assert strengths(check_resumed_is_uninterrupted(make, 24))[30] > SMALLEST
 
 
 def test_looking_at_labels_leaves_everything_as_it_was(make, classification_data):
