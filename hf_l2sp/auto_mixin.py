@@ -137,9 +137,7 @@ class L2SPAutoMixin:
                 found.append(part)
         if not found:
             return None
-        # Of a model that pools its tokens on the way, a layer may have as many as the last in some batches only.
-        common = min(len(part.layers) for part in found)
-        layers = zip(*(part.layers[-common:] for part in found), strict=True)
+        layers = zip(*(part.layers for part in found), strict=True)
         targets = torch.cat([part.targets for part in found]).cpu()
         return Represented([torch.cat(parts).cpu() for parts in layers], targets)
 

@@ -52,9 +52,7 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
     states = output.get("hidden_states") or output.get("encoder_hidden_states")
     if not states or states[-1].dim() != 3 or len(states[-1]) != len(labels):
         return None
-    layers = [
-        _token_mean(state, batch.get("attention_mask")) for state in states if state.shape[:2] == states[-1].shape[:2]
-    ]
+    layers = [_token_mean(state, batch.get("attention_mask")) for state in states if state.dim() == 3]
     labels = labels.to(layers[-1].device)  # a model may be spread over several
     if numbers:
         return Represented(layers, labels.view(len(labels), -1))
@@ -64,7 +62,10 @@ def represented(model: nn.Module, batch: Any, labels: Tensor) -> Represented | N
 
 
 def _token_mean(states: Tensor, mask: Any) -> Tensor:
-    """Over the tokens that are attended to; in float32, with no product that autocast would round."""
+    """Over the tokens that are attended to, or all of them where a layer has pooled them and the mask does not fit.
+
+    In float32, with no product that autocast would round.
+    """
     states = states.float()
     known = isinstance(mask, Tensor) and mask.shape == states.shape[:2]
     weights: Tensor = (mask if known else torch.ones(states.shape[:2])).to(states)[..., None]

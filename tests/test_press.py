@@ -8,6 +8,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    FunnelConfig,
+    FunnelForSequenceClassification,
 )
 
 from hf_l2sp.press import RIDGES, last_layer_adds, left_out, unexplained
@@ -144,6 +146,25 @@ def test_a_text_is_the_mean_of_its_tokens(tiny_bert_dir, batch):
         torch.testing.assert_close(layer, torch.stack([whole[0].mean(0), whole[2, :3].mean(0)]))
     torch.testing.assert_close(every[-1], hidden(model, batch))
     assert targets.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_layers_that_pool_their_tokens_are_among_those_compared():
+    sizes = {"d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16, "block_sizes": [1, 1, 1], "vocab_size": 100}
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(FunnelConfig(**sizes, num_labels=3)).eval()
+    lengths = (16, 5, 9)
+    mask = torch.stack([torch.arange(16) < length for length in lengths]).long()
+    batch = {"input_ids": torch.randint(5, 90, (3, 16)), "attention_mask": mask}
+    labels = torch.tensor([2, 1, 0])
+    layers, _ = represented(model, {**batch, "labels": labels}, labels)
+    every = model.funnel(**batch, output_hidden_states=True).hidden_states
+    kept = [state.shape[1] for state in every]
+    assert len(layers) == len(every) == 4 and kept[:2] == [16, 16] and 16 > kept[2] > kept[3]
+    for layer, state in zip(layers[:2], every[:2], strict=True):
+        means = [text[:length].mean(0) for text, length in zip(state, lengths, strict=True)]
+        torch.testing.assert_close(layer, torch.stack(means))
+    for layer, state in zip(layers[2:], every[2:], strict=True):
+        torch.testing.assert_close(layer, state.mean(1))
 
 
 @pytest.mark.parametrize(
