@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 # "Never 0": the anchor stays in use, and a λ of this size does nothing.
@@ -16,8 +16,8 @@ LARGEST_UNEXPLAINED = 0.03
 FITTED = 0.1
 # Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
 UNKNOWN = 0.7
-# The early pull is let go over that part of the training.
-HELD = 0.8
+# The early pull is let go over that part of the training, the late one over that.
+HELD, HELD_LATE = 0.8, 0.6
 # What the last layer adds to the labels, times what it leaves open, from which the early pull is `LARGEST`.
 WORTH = 0.06
 # Passes over the data up to which there is no early pull, for it needs time, and from which on there is all of it.
@@ -46,12 +46,17 @@ class AutoStrength:
     The late rule has no state to wind up: where λ was too large the loss rises, and λ falls. A loss that cannot come
     near 0, as with label smoothing, leaves λ next to 0.
 
+    What is pulled back is no longer where the head has learned to read it, and it takes learning rate to fit it anew:
+    with a pull to the end macro-F1 falls. So m falls to 0 over the first `HELD_LATE` of the steps, but for a part of
+    it, `kept`: all of m where everything is learned by heart (u near 1), or where the last layer is worth it.
+
     Early: λ falls from `early` (`early_pull`) to 0 over the first `HELD` of the steps. The larger of the two counts.
 
     Attributes:
         entropy: Of the labels, in units of the loss; infinite where it is not known, 0 to leave λ next to 0. δ is
             relative to it, or to the largest average of the loss so far, if that is less.
         unexplained: u.
+        worth: What θ0's last layer knows of the labels and no lower one does, 0 to 1 (`last_layer_worth`).
         early: λ at the first step.
         value: λ now.
         loss: Moving average of the training loss, that began at 0.
@@ -61,6 +66,7 @@ class AutoStrength:
 
     entropy: float = math.inf
     unexplained: float = UNKNOWN
+    worth: float = 0.0
     early: float = 0.0
     value: float = SMALLEST
     loss: float = 0.0
@@ -72,9 +78,22 @@ class AutoStrength:
         """Upper bound of λ."""
         return min(LARGEST, max(LARGEST_UNEXPLAINED, 1.0 - self.unexplained))
 
-    def begin(self, early: float) -> None:
-        """Sets λ for the first step."""
-        self.early, self.value = early, max(SMALLEST, early)
+    @property
+    def kept(self) -> float:
+        """Part of the late pull that stays to the end."""
+        return max(self.worth, min(1.0, self.unexplained) ** 8)
+
+    def begin(self, unexplained: float, added: float, passes: float) -> None:
+        """Takes up what θ0 knows of the labels, and sets λ for the first step.
+
+        Args:
+            unexplained: Share of the labels' variance that the last layer leaves unexplained (`press.unexplained`).
+            added: Share that it explains and no lower one does (`press.last_layer_adds`).
+            passes: Over the training examples, in all of the training.
+        """
+        self.unexplained, self.worth = unexplained, last_layer_worth(unexplained, added)
+        self.early = early_pull(self.worth, passes)
+        self.value = max(SMALLEST, self.early)
 
     def update(self, loss: float, step: int, steps: int) -> float:
         """Takes the loss of an optimizer step up.
@@ -95,7 +114,8 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
-        late = self.most * (1.0 - average / fitted) if fitted > 0.0 else 0.0
+        late = self.most * max(0.0, 1.0 - average / fitted) if fitted > 0.0 else 0.0
+        late *= max(self.kept, 1.0 - step / (HELD_LATE * steps))
         self.value = max(SMALLEST, late, self.early * (1.0 - step / (HELD * steps)))
         return self.value
 
@@ -112,31 +132,37 @@ class AutoStrength:
             ValueError: Something is missing or no number.
         """
         try:
-            numbers = {
-                name: float(state[name]) for name in ("unexplained", "early", "value", "loss", "weight", "largest")
-            }
             entropy = math.inf if state["entropy"] is None else float(state["entropy"])
-            return cls(entropy=entropy, **numbers)
+            others = [one.name for one in fields(cls) if one.name != "entropy"]
+            return cls(entropy=entropy, **{name: float(state[name]) for name in others})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of l2sp_schedule='auto' is damaged ({error!r}).") from None
 
 
-def early_pull(unexplained: float, added: float, passes: float) -> float:
+def last_layer_worth(unexplained: float, added: float) -> float:
+    """How much there is to lose in θ0's last layer. For the arguments see `AutoStrength.begin`.
+
+    Little where the embeddings or a lower layer tell as much of the labels, and little where all is known of them.
+
+    Returns:
+        0 to 1.
+    """
+    return min(1.0, min(1.0, unexplained) * max(0.0, added) / WORTH)
+
+
+def early_pull(worth: float, passes: float) -> float:
     """λ at the first step: what θ0's last layer knows of the labels is lost first, and must be worth the slower start.
 
     A new head begins at random, and its gradients turn the representations away from what they told of the labels
     before the head has learned to read it (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution", 2022). Where the embeddings or a lower layer tell as much, little can be lost. With few
-    passes over the data, to be slowed down costs more.
+    Out-of-Distribution", 2022). With few passes over the data, to be slowed down costs more.
 
     Args:
-        unexplained: Share of the labels' variance that the last layer leaves unexplained (`press.unexplained`).
-        added: Share that it explains and no lower one does (`press.last_layer_adds`).
+        worth: `last_layer_worth`.
         passes: Over the training examples, in all of the training.
 
     Returns:
         0 to `LARGEST`.
     """
-    worth = min(1.0, (min(1.0, unexplained) * max(0.0, added) / WORTH) ** 4)
     time = min(1.0, max(0.0, (passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES)))
-    return LARGEST * worth * time
+    return LARGEST * worth**4 * time

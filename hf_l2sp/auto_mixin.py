@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from .auto import AutoStrength, early_pull
+from .auto import AutoStrength
 from .fisher_rows import NO_LABEL
 from .naming import unwrap
 from .press import last_layer_adds, unexplained
@@ -96,8 +96,8 @@ class L2SPAutoMixin:
             added = last_layer_adds(seen.layers, seen.targets) or 0.0
             # Over processes that saw the same, but may have rounded in other ways.
             found = torch.tensor([share, added], device=self.args.device)
-            auto.unexplained, added = self.accelerator.reduce(found, "mean").tolist()  # type: ignore[attr-defined]
-            auto.begin(early_pull(auto.unexplained, added, self._l2sp_trained_on() / len(data)))
+            share, added = self.accelerator.reduce(found, "mean").tolist()  # type: ignore[attr-defined]
+            auto.begin(share, added, self._l2sp_trained_on() / len(data))
         logger.info(
             f"l2sp_schedule='auto': labels of {auto.entropy:.3g} nats, of whose variance the pretrained model's "
             f"representations leave {auto.unexplained:.0%} unexplained{'' if share is not None else ' (assumed)'}; "

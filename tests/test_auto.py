@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import (
     FITTED,
+    HELD_LATE,
     LARGEST,
     LARGEST_UNEXPLAINED,
     SHORTEST,
@@ -22,6 +23,7 @@ from hf_l2sp.auto import (
     UNKNOWN,
     AutoStrength,
     early_pull,
+    last_layer_worth,
 )
 from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
 from hf_l2sp.press import unexplained
@@ -49,11 +51,11 @@ def test_it_is_its_formula():
 def test_it_is_off_until_the_examples_are_fitted():
     auto = AutoStrength(entropy=1.0, unexplained=1.0)
     for _ in range(200):
-        assert auto.update(1.01 * FITTED, 1, STEPS) == SMALLEST
-    values = [auto.update(0.0, 1, STEPS) for _ in range(200)]
+        assert auto.update(1.01 * FITTED, 0, STEPS) == SMALLEST
+    values = [auto.update(0.0, 0, STEPS) for _ in range(200)]
     assert values == sorted(values) and math.isclose(values[-1], LARGEST_UNEXPLAINED, rel_tol=1e-3)
     for _ in range(200):  # and nothing is left of that
-        auto.update(1.0, 1, STEPS)
+        auto.update(1.0, 0, STEPS)
     assert auto.value < 1.01 * SMALLEST
 
 
@@ -65,9 +67,9 @@ def test_its_fixed_point_is_that_of_a_model_that_answers(curvature):
     def loss(strength):
         return 0.5 * curvature * (2 * strength / (curvature + 2 * strength)) ** 2
 
-    auto.update(3.0, 1, STEPS)
+    auto.update(3.0, 0, STEPS)
     for _ in range(600):
-        auto.update(loss(auto.value), 1, STEPS)
+        auto.update(loss(auto.value), 0, STEPS)
     average = loss(auto.value)
     assert 0.01 < auto.value < 0.2
     assert math.isclose(auto.value, 0.2 * (1 - average / (2.0 * 0.8**2 * FITTED)), rel_tol=1e-6)
@@ -78,12 +80,12 @@ def test_without_known_labels_it_goes_by_the_largest_loss():
     runs = []
     for scale in (1.0, 1000.0):
         auto = AutoStrength()
-        runs.append([auto.update(scale * 2.0 * 0.8**step, 1, STEPS) for step in range(40)])
+        runs.append([auto.update(scale * 2.0 * 0.8**step, 0, STEPS) for step in range(40)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-9) and runs[0][0] == SMALLEST < runs[0][-1]
     # A model that was trained before has little to lose from the start.
     auto = AutoStrength(entropy=1.6)
     for _ in range(50):
-        auto.update(0.02, 1, STEPS)
+        auto.update(0.02, 0, STEPS)
     assert auto.value == SMALLEST
 
 
@@ -92,10 +94,10 @@ def test_what_the_pretrained_model_tells_may_be_fitted():
     for share, most in ((1.0, LARGEST_UNEXPLAINED), (0.5, LARGEST), (0.25, LARGEST)):
         auto = AutoStrength(entropy=1.0, unexplained=share)
         for loss in (1.0, *[0.9 * FITTED * share**2] * 200):
-            auto.update(loss, 1, STEPS)
+            auto.update(loss, 0, STEPS)
         assert auto.value == pytest.approx(0.1 * most, rel=1e-3)
     auto = AutoStrength(entropy=1.0, unexplained=0.0)
-    assert [auto.update(loss, 1, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
+    assert [auto.update(loss, 0, STEPS) for loss in (1.0, 1e-3, 0.0)] == [SMALLEST] * 3
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_what_the_pretrained_model_tells_may_be_fitted():
 def test_it_pulls_no_harder_than_the_pretrained_model_is_worth(share, most):
     auto = AutoStrength(entropy=1.0, unexplained=share)
     for loss in (1.0, *[0.0] * 300):
-        auto.update(loss, 1, STEPS)
+        auto.update(loss, 0, STEPS)
     assert auto.most == pytest.approx(most, rel=1e-9)
     assert auto.value == pytest.approx(most if share else SMALLEST, rel=1e-6)
 
@@ -113,23 +115,46 @@ def test_it_pulls_no_harder_than_the_pretrained_model_is_worth(share, most):
 def test_a_longer_training_is_looked_at_for_longer():
     short, long = AutoStrength(1.0), AutoStrength(1.0)
     for step in range(60):
-        short.update(1.0 if step < 30 else 0.0, 1, STEPS)
-        long.update(1.0 if step < 30 else 0.0, 1, 100 * STEPS)
+        short.update(1.0 if step < 30 else 0.0, 0, STEPS)
+        long.update(1.0 if step < 30 else 0.0, 0, 100 * STEPS)
     assert short.value > 0.85 * LARGEST and long.value == SMALLEST
 
 
 def test_the_early_pull_is_let_go():
     """In a straight line to 0 at 0.8 of the steps; where the late rule asks for more, that counts."""
-    auto = AutoStrength(entropy=1.0, unexplained=0.8)
-    auto.begin(0.24)
-    assert auto.value == 0.24
+    auto = AutoStrength(entropy=1.0)
+    auto.begin(unexplained=0.8, added=0.1, passes=13.6)
+    assert auto.value == pytest.approx(0.24)
     assert [auto.update(2.0, step, 100) for step in (20, 40, 79)] == pytest.approx([0.18, 0.12, 0.003])
     assert auto.update(2.0, 80, 100) == auto.update(2.0, 100, 100) == SMALLEST
     for _ in range(300):
         auto.update(0.0, 40, 100)
     assert auto.value == pytest.approx(0.2, rel=1e-3) and auto.update(0.0, 8, 100) == pytest.approx(0.216)
-    auto.begin(0.0)
-    assert auto.value == SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("unexplained", "added", "kept"),
+    [
+        (1.0, -0.2, 1.0),  # all is learned by heart
+        (1.3, -0.2, 1.0),
+        (0.9, 0.0, 0.9**8),
+        (0.5, -0.2, 0.5**8),
+        (0.5, 0.03, 0.25),  # a quarter of what makes the last layer worth all
+        (0.5, 0.12, 1.0),
+        (0.5, 0.7, 1.0),
+        (0.9, 0.01, 0.9**8),
+    ],
+)
+def test_the_late_pull_is_let_go_but_for_what_is_kept(unexplained, added, kept):
+    """In a straight line at first, then it stays."""
+    auto = AutoStrength(entropy=1.0)
+    auto.begin(unexplained, added, passes=0.0)
+    assert auto.kept == pytest.approx(kept, rel=1e-9)
+    for loss in (1.0, *[0.0] * 400):
+        auto.update(loss, 0, STEPS)
+    for step in range(STEPS + 1):
+        expected = auto.most * max(kept, 1.0 - step / (HELD_LATE * STEPS))
+        assert auto.update(0.0, step, STEPS) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -146,30 +171,33 @@ def test_the_early_pull_is_let_go():
     ],
 )
 def test_the_early_pull_is_what_the_last_layer_adds_and_there_is_time_for(unexplained, added, passes, expected):
-    assert early_pull(unexplained, added, passes) == pytest.approx(expected, abs=1e-12)
+    auto = AutoStrength()
+    auto.begin(unexplained, added, passes)
+    assert auto.unexplained == unexplained and auto.early == pytest.approx(expected, abs=1e-12)
+    assert auto.value == max(SMALLEST, auto.early)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_none_changes_nothing(loss):
     auto = AutoStrength(1.0)
-    auto.update(0.3, 1, STEPS)
+    auto.update(0.3, 0, STEPS)
     before = auto.state_dict()
-    assert auto.update(loss, 1, STEPS) == auto.value and auto.state_dict() == before
+    assert auto.update(loss, 0, STEPS) == auto.value and auto.state_dict() == before
 
 
 @pytest.mark.parametrize("entropy", [0.0, 1.1, math.inf])
 def test_it_stays_within_bounds(entropy):
     auto = AutoStrength(entropy)
     for loss in [5.0, 0.0, -3.0, 0.0, 1e9, 0.0] * 20:
-        assert SMALLEST <= auto.update(loss, 1, STEPS) <= LARGEST
+        assert SMALLEST <= auto.update(loss, 0, STEPS) <= LARGEST
 
 
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
-    auto = AutoStrength(entropy, unexplained=2 / 3)
-    auto.begin(1 / 7)
+    auto = AutoStrength(entropy)
+    auto.begin(unexplained=2 / 3, added=1 / 13, passes=9.0)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
-        auto.update(loss, 1, STEPS)
+        auto.update(loss, 0, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
     assert again == auto
     for damaged in ({"value": "x"}, {**auto.state_dict(), "loss": None}, {}):
@@ -349,7 +377,7 @@ def test_with_a_class_per_word_it_stays_next_to_zero(make, classification_data, 
     auto = look(make(data=[{**row, "labels": labels} for row in classification_data]))
     assert caplog.text.count("leaves λ next to 0 where every word") == off
     for loss in (1.0, *[0.0] * 200):
-        auto.update(loss, 1, STEPS)
+        auto.update(loss, 0, STEPS)
     assert (auto.value == SMALLEST) == off
 
 
@@ -389,7 +417,7 @@ def test_lambda_begins_at_the_early_pull(make, early, classification_data):
     trainer = make()
     trainer.train()
     passes = 60 * 4 / len(classification_data)
-    expected = early_pull(trainer._l2sp_auto.unexplained, 0.5, passes)
+    expected = early_pull(last_layer_worth(trainer._l2sp_auto.unexplained, 0.5), passes)
     values = strengths(trainer)
     assert values[0] == trainer._l2sp_auto.early == pytest.approx(expected, rel=1e-6) and expected > 0.01
     assert values[:20] == pytest.approx([expected * (1 - step / 48) for step in range(20)], rel=1e-5)
