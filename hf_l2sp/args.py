@@ -39,7 +39,8 @@ class L2SPArguments:
             Course of λ over training: `constant`, or `linear` / `cosine` from λ to 0. `auto` finds λ from the training
             loss: next to 0 until the training examples are fitted better than what θ0 knows of their labels lets
             expect, then the larger the smaller the loss, up to the share of the labels' variance that θ0 explains,
-            within 0.03 and 0.3. Where only the last layer of θ0 tells the classes apart, λ begins at up to 0.3 and
+            within 0.03 and 0.3. Unless θ0 knows nothing of them, or only its last layer does, this is let go over the
+            first 0.6 of the steps. Where only the last layer of θ0 tells the classes apart, λ begins at up to 0.3 and
             falls to 0 over the first 0.8 of the steps, in trainings of more than 4 passes over the data. Where each
             word has a label it stays next to 0. It takes no validation data, and whatever `l2sp_lambda` says, as long
             as it is not 0, does not enter.
