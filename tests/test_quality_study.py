@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
+import few_classes  # noqa: E402  # isort: skip
 from _paired import paired, paired_in_groups  # noqa: E402  # isort: skip
 from _quality_rivals import AdamSPD, RecAdam, freeze_below, layer_groups, with_pretrained  # noqa: E402  # isort: skip
 from _quality_summary import beside_oracle, beside_other_draws, by_method, overall, strengths, summary  # noqa: E402  # isort: skip
@@ -181,3 +183,30 @@ def test_intervals_cover_what_they_should():
     assert found["mean"] == 2.0 and 1.0 <= found["low"] < 2.0 < found["high"] <= 3.0
     groups = paired_in_groups([[1.0], [3.0, 5.0]])
     assert groups["mean"] == 2.5 and groups["low"] == 1.0 and groups["high"] <= 5.0
+
+
+def test_few_classes_are_the_same_every_time_and_keep_their_rows(tmp_path, monkeypatch, capsys):
+    rows = [{"text": f"text {number}, é", "label": "abcde"[number % 5]} for number in range(40)]
+    (tmp_path / "notes").mkdir()
+    for split, part in (("train", rows[:25]), ("test", rows[25:])):
+        lines = [json.dumps(row) for row in part]
+        (tmp_path / "notes" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    def make(output, classes):
+        asked = ["--data", tmp_path, "--sets", "notes", "--classes", classes, "--output", tmp_path / output]
+        monkeypatch.setattr(sys, "argv", ["few_classes.py", *map(str, asked)])
+        few_classes.main()
+        read = [(tmp_path / output / f"notes_{classes}" / f"{split}.jsonl") for split in ("train", "test")]
+        return [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in read]
+
+    train, test = make("one", 3)
+    kept = {row["label"] for row in train}
+    assert len(kept) == 3 and train == [row for row in rows[:25] if row["label"] in kept]
+    assert test == [row for row in rows[25:] if row["label"] in kept]
+    assert make("two", 3) == [train, test] and ", ".join(sorted(kept)) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="notes_3 is there already"):
+        make("one", 3)
+    for classes in (1, 6):
+        with pytest.raises(SystemExit, match="there are 5 classes; take 2 to 5"):
+            make("three", classes)
+    assert not (tmp_path / "three").exists()
