@@ -16,7 +16,7 @@ LARGEST_UNEXPLAINED = 0.03
 FITTED = 0.1
 # Share of the labels' variance that θ0 leaves unexplained, where it cannot be measured: as of many data sets.
 UNKNOWN = 0.7
-# The early pull is let go over that part of the training, the late one over that.
+# Parts of the training over which the early and the late pull are let go.
 HELD, HELD_LATE = 0.8, 0.6
 # What the last layer adds to the labels, times what it leaves open, from which the early pull is `LARGEST`.
 WORTH = 0.06
@@ -81,6 +81,7 @@ class AutoStrength:
     @property
     def kept(self) -> float:
         """Part of the late pull that stays to the end."""
+        # The power is next to 0 (0.06 at u = 0.7) but where u is near 1.
         return max(self.worth, min(1.0, self.unexplained) ** 8)
 
     def begin(self, unexplained: float, added: float, passes: float) -> None:
