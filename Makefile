@@ -106,12 +106,13 @@ results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-
 	$(RUN)/python recipes/benchmarks/domain_adaptation.py --data $(DATA)
 	$(RUN)/python recipes/benchmarks/readme.py
 
-QUALITY := $(RUN)/python recipes/benchmarks/quality.py --workers 2 --data $(DATA)
+STUDY := $(RUN)/python recipes/benchmarks/quality.py --workers 2
+QUALITY := $(STUDY) --data $(DATA)
 FOUR_SETS := medical_abstracts clothing_reviews cuad_clauses medquad_info_type
 TASKS := build/few_classes
 FEW := $(RUN)/python recipes/benchmarks/few_classes.py --output $(TASKS)
-OF_FEW := $(RUN)/python recipes/benchmarks/quality.py --workers 2 --data $(TASKS) --shots 8 --sets cuad_clauses_4 \
-	medquad_info_type_4 medical_abstracts_3 clothing_reviews_2 clinical_notes_3 contract_clauses_3
+OF_FEW := $(STUDY) --data $(TASKS) --shots 8 --sets cuad_clauses_4 medquad_info_type_4 medical_abstracts_3 \
+	clothing_reviews_2 clinical_notes_3 contract_clauses_3
 
 results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make results-quality DATA=FOLDER (a day)
 	$(QUALITY) --shots 8 16 --sets $(FOUR_SETS)
@@ -119,7 +120,7 @@ results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make
 	$(QUALITY) --shots 64 --sets $(filter-out cuad_clauses,$(FOUR_SETS)) --methods plain "l2sp 0.01" "l2sp 0.1" auto
 	$(QUALITY) --shots 8 --sets wnut17 tiny_sentiment tiny_legal tiny_medical tiny_ner
 	$(QUALITY) --shots 16 --sets ncbi_disease
-	$(RUN)/python recipes/benchmarks/quality.py --workers 2 --data recipes/data --shots 8 \
+	$(STUDY) --data recipes/data --shots 8 \
 		--sets clinical_notes contract_clauses shop_reviews clinical_ner finance_ner \
 		--methods plain "l2sp 0.01" "l2sp 0.1" "held-out slope" auto
 	rm -rf $(TASKS)

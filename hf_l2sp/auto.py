@@ -115,7 +115,7 @@ class AutoStrength:
         average = self.loss / self.weight
         self.largest = max(self.largest, average)
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
-        late = self.most * max(0.0, 1.0 - average / fitted) if fitted > 0.0 else 0.0
+        late = self.most * (1.0 - average / fitted) if fitted > 0.0 else 0.0
         late *= max(self.kept, 1.0 - step / (HELD_LATE * steps))
         self.value = max(SMALLEST, late, self.early * (1.0 - step / (HELD * steps)))
         return self.value

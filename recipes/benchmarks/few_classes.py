@@ -7,11 +7,11 @@ The classes are drawn at random, but the same every time. Writes TASKS/medical_a
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-from _labelled import RecipeError, Split, read
+from _labelled import RecipeError, read
+from datasets import Dataset
 
 
 def drawn(names: set[str], count: int) -> set[str]:
@@ -23,12 +23,6 @@ def drawn(names: set[str], count: int) -> set[str]:
     if not 2 <= count <= len(names):
         raise RecipeError(f"--classes {count}: there are {len(names)} classes; take 2 to {len(names)}.")
     return set(random.Random(0).sample(sorted(names), count))
-
-
-def limited(split: Split, names: set[str]) -> list[dict[str, str]]:
-    """The rows of these classes, in their order."""
-    rows = zip(split.texts, split.labels, strict=True)
-    return [{"text": text, "label": label} for text, label in rows if label in names]
 
 
 def main() -> None:
@@ -49,8 +43,9 @@ def main() -> None:
         except RecipeError as error:
             raise SystemExit(f"{name}: {error}") from error
         for split in (train, test):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in limited(split, kept)]
-            (target / f"{split.source}.jsonl").write_text("".join(lines), encoding="utf-8")
+            rows = split.take([row for row, label in enumerate(split.labels) if label in kept])
+            table = Dataset.from_dict({"text": rows.texts, "label": rows.labels})
+            table.to_json(target / f"{split.source}.jsonl", force_ascii=False)
         print(f"{target}: {', '.join(sorted(kept))}")
 
 
