@@ -6,11 +6,14 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .press import Told
+
 # "Never 0": the anchor stays in use, and a λ of this size does nothing.
 SMALLEST = 1e-6
 # With more macro-F1 falls on every data set (recipes/benchmarks/results/quality.json).
 LARGEST = 0.3
-# Upper bound of λ where θ0 says nothing of the labels. With `LARGEST` there λ swings between 0 and 0.2.
+# Upper bound of λ where θ0 says nothing of the labels, and λ from the start. With `LARGEST` there the late rule swings
+# between 0 and 0.2.
 LARGEST_UNEXPLAINED = 0.03
 # Part of the labels' entropy: a training loss below it is that of labels learned by heart, if θ0 says nothing of them.
 FITTED = 0.1
@@ -20,8 +23,10 @@ UNKNOWN = 0.7
 HELD, HELD_LATE = 0.8, 0.6
 # What the last layer adds to the labels, times what it leaves open, from which the early pull is `LARGEST`.
 WORTH = 0.06
-# Passes over the data up to which there is no early pull, for it needs time, and from which on there is all of it.
+# Passes over the data up to which there is no pull from the start, for it takes time, and from which on there is all.
 FEW_PASSES, MANY_PASSES = 4.0, 16.0
+# Standard errors of what θ0 explains: up to which it may be chance, and from which on it is none.
+CHANCE, CERTAIN = 1.0, 3.0
 # Optimizer steps that the moving average of the loss looks back on: part of the training, and the fewest.
 SPAN, SHORTEST = 1 / 16, 4
 
@@ -32,7 +37,7 @@ class AutoStrength:
 
     Late: next to 0 until the examples are fitted, the larger the better they are. With L the moving average of the
     training loss and δ = `FITTED` · u² times the entropy of the labels, λ = m · max(0, 1 − L/δ). u is the share of the
-    labels' variance that θ0's representations leave unexplained (`press.unexplained`): 1 where all that is learned is
+    labels' variance that θ0's representations leave unexplained (`press.Told`): 1 where all that is learned is
     by heart, next to 0 where θ0 tells the classes apart and a small loss is well earned. θ0 is worth what it explains:
     m = 1 − u, within `LARGEST_UNEXPLAINED` and `LARGEST`.
 
@@ -48,16 +53,19 @@ class AutoStrength:
 
     What is pulled back is no longer where the head has learned to read it, and it takes learning rate to fit it anew:
     with a pull to the end macro-F1 falls. So m falls to 0 over the first `HELD_LATE` of the steps, but for a part of
-    it, `kept`: all of m where everything is learned by heart (u near 1), or where the last layer is worth it.
+    it, `kept`: all of m where everything is learned by heart, or where the last layer is worth it.
 
-    Early: λ falls from `early` (`early_pull`) to 0 over the first `HELD` of the steps. The larger of the two counts.
+    Early: λ falls from `early` (`early_pull`) to 0 over the first `HELD` of the steps. Where everything is learned by
+    heart there is nothing to wait for, and λ is never below `steady`. The largest of the three counts.
 
     Attributes:
         entropy: Of the labels, in units of the loss; infinite where it is not known, 0 to leave λ next to 0. δ is
             relative to it, or to the largest average of the loss so far, if that is less.
         unexplained: u.
         worth: What θ0's last layer knows of the labels and no lower one does, 0 to 1 (`last_layer_worth`).
-        early: λ at the first step.
+        by_heart: How much is learned by heart, for want of anything that θ0 tells, 0 to 1 (`learned_by_heart`).
+        early: What the early pull begins with.
+        steady: What λ does not fall below.
         value: λ now.
         loss: Moving average of the training loss, that began at 0.
         weight: Sum of the average's weights.
@@ -67,7 +75,9 @@ class AutoStrength:
     entropy: float = math.inf
     unexplained: float = UNKNOWN
     worth: float = 0.0
+    by_heart: float = 0.0
     early: float = 0.0
+    steady: float = 0.0
     value: float = SMALLEST
     loss: float = 0.0
     weight: float = 0.0
@@ -81,20 +91,20 @@ class AutoStrength:
     @property
     def kept(self) -> float:
         """Part of the late pull that stays to the end."""
-        # The power is next to 0 (0.06 at u = 0.7) but where u is near 1.
-        return max(self.worth, min(1.0, self.unexplained) ** 8)
+        return max(self.worth, self.by_heart)
 
-    def begin(self, unexplained: float, added: float, passes: float) -> None:
-        """Takes up what θ0 knows of the labels, and sets λ for the first step.
+    def begin(self, told: Told, passes: float) -> None:
+        """Takes up what θ0 tells of the labels, and sets λ for the first step.
 
         Args:
-            unexplained: Share of the labels' variance that the last layer leaves unexplained (`press.unexplained`).
-            added: Share that it explains and no lower one does (`press.last_layer_adds`).
+            told: By its representations of some training examples.
             passes: Over the training examples, in all of the training.
         """
-        self.unexplained, self.worth = unexplained, last_layer_worth(unexplained, added)
-        self.early = early_pull(self.worth, passes)
-        self.value = max(SMALLEST, self.early)
+        self.unexplained = told.unexplained
+        self.worth, self.by_heart = last_layer_worth(told), learned_by_heart(told)
+        time = _risen(passes, FEW_PASSES, MANY_PASSES)
+        self.early, self.steady = time * early_pull(self.worth), time * LARGEST_UNEXPLAINED * self.by_heart
+        self.value = max(SMALLEST, self.early, self.steady)
 
     def update(self, loss: float, step: int, steps: int) -> float:
         """Takes the loss of an optimizer step up.
@@ -117,7 +127,7 @@ class AutoStrength:
         fitted = FITTED * min(1.0, self.unexplained) ** 2 * min(self.entropy, self.largest)
         late = self.most * (1.0 - average / fitted) if fitted > 0.0 else 0.0
         late *= max(self.kept, 1.0 - step / (HELD_LATE * steps))
-        self.value = max(SMALLEST, late, self.early * (1.0 - step / (HELD * steps)))
+        self.value = max(SMALLEST, self.steady, late, self.early * (1.0 - step / (HELD * steps)))
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,30 +150,42 @@ class AutoStrength:
             raise ValueError(f"The state of l2sp_schedule='auto' is damaged ({error!r}).") from None
 
 
-def last_layer_worth(unexplained: float, added: float) -> float:
-    """How much there is to lose in θ0's last layer. For the arguments see `AutoStrength.begin`.
+def last_layer_worth(told: Told) -> float:
+    """How much there is to lose in θ0's last layer.
 
     Little where the embeddings or a lower layer tell as much of the labels, and little where all is known of them.
 
     Returns:
         0 to 1.
     """
-    return min(1.0, min(1.0, unexplained) * max(0.0, added) / WORTH)
+    return min(1.0, min(1.0, told.unexplained) * max(0.0, told.added) / WORTH)
 
 
-def early_pull(worth: float, passes: float) -> float:
-    """λ at the first step: what θ0's last layer knows of the labels is lost first, and must be worth the slower start.
+def learned_by_heart(told: Told) -> float:
+    """How much of what is to be learned is learned by heart: all of it, where θ0 may as well tell nothing.
+
+    Returns:
+        1 up to `CHANCE` standard errors of what θ0 explains, 0 from `CERTAIN` on.
+    """
+    return 1.0 - _risen(told.significance, CHANCE, CERTAIN)
+
+
+def early_pull(worth: float) -> float:
+    """λ to begin with: what θ0's last layer knows of the labels is lost first, and must be worth the slower start.
 
     A new head begins at random, and its gradients turn the representations away from what they told of the labels
     before the head has learned to read it (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution", 2022). With few passes over the data, to be slowed down costs more.
+    Out-of-Distribution", 2022).
 
     Args:
         worth: `last_layer_worth`.
-        passes: Over the training examples, in all of the training.
 
     Returns:
         0 to `LARGEST`.
     """
-    time = min(1.0, max(0.0, (passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES)))
-    return LARGEST * worth**4 * time
+    return LARGEST * worth**4
+
+
+def _risen(value: float, low: float, high: float) -> float:
+    """0 up to low, 1 from high on, a straight line between them."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .auto import AutoStrength
 from .fisher_rows import NO_LABEL
 from .naming import unwrap
-from .press import last_layer_adds, unexplained
+from .press import Told, told
 from .representations import Represented, represented
 from .state import read_state
 from .traceless import evaluated, own_randomness
@@ -91,16 +91,14 @@ class L2SPAutoMixin:
                     )
                 return
             seen = self._l2sp_represented(loader, rows)
-        share = None if seen is None else unexplained(seen.layers[-1], seen.targets)
-        if seen is not None and share is not None:
-            added = last_layer_adds(seen.layers, seen.targets) or 0.0
+        found = None if seen is None else told(seen.layers, seen.targets)
+        if found is not None:
             # Over processes that saw the same, but may have rounded in other ways.
-            found = torch.tensor([share, added], device=self.args.device)
-            share, added = self.accelerator.reduce(found, "mean").tolist()  # type: ignore[attr-defined]
-            auto.begin(share, added, self._l2sp_trained_on() / len(data))
+            same = self.accelerator.reduce(torch.tensor(found, device=self.args.device), "mean")  # type: ignore[attr-defined]
+            auto.begin(Told(*same.tolist()), self._l2sp_trained_on() / len(data))
         logger.info(
             f"l2sp_schedule='auto': labels of {auto.entropy:.3g} nats, of whose variance the pretrained model's "
-            f"representations leave {auto.unexplained:.0%} unexplained{'' if share is not None else ' (assumed)'}; "
+            f"representations leave {auto.unexplained:.0%} unexplained{'' if found is not None else ' (assumed)'}; "
             f"λ begins at {auto.value:.3g}."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,37 +60,54 @@ def left_out(features: Tensor, targets: Tensor) -> LeftOut | None:
     return LeftOut(min(errors, key=lambda missed: float(missed.sum())), mean)
 
 
-def unexplained(features: Tensor, targets: Tensor) -> float | None:
-    """Share of the targets' variance that a ridge regression misses in examples that it was not fitted to.
+class Told(NamedTuple):
+    """What representations tell of some targets, judged by examples that were left out.
 
-    PRESS / SST, 1 − predictive R². See `left_out` for the arguments.
-
-    Returns:
-        0 (the representations say all) to 1 (they say nothing) and, of few examples, a little above; None where there
-        are too few to tell, as in `left_out`.
+    Attributes:
+        unexplained: Share of the targets' variance that a ridge regression on the last layer misses, PRESS / SST or
+            1 − predictive R²: 0 (it says all) to 1 (it says nothing) and, of few examples, a little above.
+        significance: By how many standard errors over the examples that regression misses less than the mean does.
+        added: Share of the variance that only the last layer explains, at the least: by how much less it misses than
+            the best of those before it, or than the mean if that is better, less one standard error of the difference.
+            Below 0 where it is not seen to add anything; 0 of one layer.
     """
-    found = left_out(features, targets)
-    return None if found is None else float(found.missed.sum() / found.mean.sum())
+
+    unexplained: float
+    significance: float
+    added: float
 
 
-def last_layer_adds(layers: Sequence[Tensor], targets: Tensor) -> float | None:
-    """Share of the targets' variance that only the last of several representations explains, at the least.
-
-    By how much less the last one misses than the best of those before it, or than the mean if that is better, less one
-    standard error of that difference over the examples.
+def told(layers: Sequence[Tensor], targets: Tensor) -> Told | None:
+    """What the last of several representations says of some targets, by itself and beside those before it.
 
     Args:
         layers: Representations of the same examples, the last one last. Shape of each: (n, d).
         targets: What to predict, such as one-hot classes. Shape: (n, k).
 
     Returns:
-        Up to 1; below 0 where the last one is not seen to add anything. None of fewer than two, or where there are too
-        few examples to tell, as in `left_out`.
+        None without layers, or where one of them cannot be told of, as in `left_out`.
     """
     found = [left_out(layer, targets) for layer in layers]
     known = [one for one in found if one is not None]
-    if len(known) < max(2, len(found)):
+    if not known or len(known) < len(found):
         return None
-    before = min([known[0].mean, *(one.missed for one in known[:-1])], key=lambda missed: float(missed.sum()))
-    gain = before - known[-1].missed
-    return float((gain.sum() - len(gain) ** 0.5 * gain.std()) / known[0].mean.sum())
+    missed, mean = known[-1]
+    before = min([mean, *(one.missed for one in known[:-1])], key=lambda errors: float(errors.sum()))
+    beside_mean, beside_others = mean - missed, before - missed
+    share = 1.0 / float(mean.sum())
+    return Told(
+        unexplained=share * float(missed.sum()),
+        significance=_in_errors(beside_mean),
+        added=share * (float(beside_others.sum()) - _error_of_sum(beside_others)) if len(known) > 1 else 0.0,
+    )
+
+
+def _error_of_sum(gains: Tensor) -> float:
+    return float(gains.std()) * math.sqrt(len(gains))
+
+
+def _in_errors(gains: Tensor) -> float:
+    total, error = float(gains.sum()), _error_of_sum(gains)
+    if error == 0.0:
+        return math.copysign(math.inf, total) if total else 0.0
+    return total / error

@@ -13,6 +13,8 @@ from transformers import BertForSequenceClassification
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments
 from hf_l2sp.auto import (
+    CERTAIN,
+    CHANCE,
     FITTED,
     HELD_LATE,
     LARGEST,
@@ -24,13 +26,19 @@ from hf_l2sp.auto import (
     AutoStrength,
     early_pull,
     last_layer_worth,
+    learned_by_heart,
 )
 from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
-from hf_l2sp.press import unexplained
+from hf_l2sp.press import Told, told
 
 from .helpers import quick
 
 STEPS = 80
+
+
+def known(unexplained=0.7, added=0.0, significance=CERTAIN):
+    return Told(unexplained, significance, added)
+
 
 # --- the rule -------------------------------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ def test_a_longer_training_is_looked_at_for_longer():
 def test_the_early_pull_is_let_go():
     """In a straight line to 0 at 0.8 of the steps; where the late rule asks for more, that counts."""
     auto = AutoStrength(entropy=1.0)
-    auto.begin(unexplained=0.8, added=0.1, passes=13.6)
+    auto.begin(known(0.8, 0.1), passes=13.6)
     assert auto.value == pytest.approx(0.24)
     assert [auto.update(2.0, step, 100) for step in (20, 40, 79)] == pytest.approx([0.18, 0.12, 0.003])
     assert auto.update(2.0, 80, 100) == auto.update(2.0, 100, 100) == SMALLEST
@@ -133,48 +141,72 @@ def test_the_early_pull_is_let_go():
 
 
 @pytest.mark.parametrize(
-    ("unexplained", "added", "kept"),
+    ("told", "kept"),
     [
-        (1.0, -0.2, 1.0),  # all is learned by heart
-        (1.3, -0.2, 1.0),
-        (0.9, 0.0, 0.9**8),
-        (0.5, -0.2, 0.5**8),
-        (0.5, 0.03, 0.25),  # a quarter of what makes the last layer worth all
-        (0.5, 0.12, 1.0),
-        (0.5, 0.7, 1.0),
-        (0.9, 0.01, 0.9**8),
+        (known(1.0, -0.2, significance=0.0), 1.0),  # all is learned by heart
+        (known(1.3, -0.2, significance=-math.inf), 1.0),
+        (known(0.9, 0.0, significance=2.0), 0.5),
+        (known(0.9, 0.0, significance=CERTAIN), 0.0),
+        (known(0.5, -0.2, significance=math.inf), 0.0),
+        (known(0.5, 0.03), 0.25),  # a quarter of what makes the last layer worth all
+        (known(0.5, 0.12), 1.0),
+        (known(0.5, 0.7), 1.0),
+        (known(0.5, 0.03, significance=2.5), 0.25),
+        (known(0.5, 0.03, significance=1.5), 0.75),
     ],
 )
-def test_the_late_pull_is_let_go_but_for_what_is_kept(unexplained, added, kept):
+def test_the_late_pull_is_let_go_but_for_what_is_kept(told, kept):
     """In a straight line at first, then it stays."""
     auto = AutoStrength(entropy=1.0)
-    auto.begin(unexplained, added, passes=0.0)
-    assert auto.kept == pytest.approx(kept, rel=1e-9)
+    auto.begin(told, passes=0.0)
+    assert auto.kept == pytest.approx(kept, rel=1e-9) and auto.value == SMALLEST
     for loss in (1.0, *[0.0] * 400):
         auto.update(loss, 0, STEPS)
     for step in range(STEPS + 1):
-        expected = auto.most * max(kept, 1.0 - step / (HELD_LATE * STEPS))
+        expected = max(SMALLEST, auto.most * max(kept, 1.0 - step / (HELD_LATE * STEPS)))
         assert auto.update(0.0, step, STEPS) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("unexplained", "added", "passes", "expected"),
+    ("told", "passes", "expected"),
     [
-        (0.6, 0.1, 16.0, 0.3),
-        (0.6, 0.05, 16.0, 0.3 / 16),
-        (0.3, 0.1, 99.0, 0.3 / 16),
-        (0.7, 0.3, 10.0, 0.15),
-        (0.7, 0.3, 4.0, 0.0),
-        (0.7, 0.3, 0.1, 0.0),
-        (0.7, -0.3, 30.0, 0.0),
-        (2.0, 0.03, 30.0, 0.3 / 16),
+        (known(0.6, 0.1), 16.0, 0.3),
+        (known(0.6, 0.05), 16.0, 0.3 / 16),
+        (known(0.3, 0.1), 99.0, 0.3 / 16),
+        (known(0.7, 0.3), 10.0, 0.15),
+        (known(0.7, 0.3), 4.0, 0.0),
+        (known(0.7, 0.3), 0.1, 0.0),
+        (known(0.7, -0.3), 30.0, 0.0),
+        (known(2.0, 0.03), 30.0, 0.3 / 16),
     ],
 )
-def test_the_early_pull_is_what_the_last_layer_adds_and_there_is_time_for(unexplained, added, passes, expected):
+def test_the_early_pull_is_what_the_last_layer_adds_and_there_is_time_for(told, passes, expected):
     auto = AutoStrength()
-    auto.begin(unexplained, added, passes)
-    assert auto.unexplained == unexplained and auto.early == pytest.approx(expected, abs=1e-12)
+    auto.begin(told, passes)
+    assert auto.unexplained == told.unexplained and auto.early == pytest.approx(expected, abs=1e-12)
     assert auto.value == max(SMALLEST, auto.early)
+
+
+@pytest.mark.parametrize(
+    ("significance", "passes", "expected"),
+    [
+        (CHANCE, 16.0, LARGEST_UNEXPLAINED),
+        (-math.inf, 99.0, LARGEST_UNEXPLAINED),
+        (2.0, 16.0, LARGEST_UNEXPLAINED / 2),
+        (CHANCE, 10.0, LARGEST_UNEXPLAINED / 2),
+        (CERTAIN, 16.0, SMALLEST),
+        (CHANCE, 4.0, SMALLEST),
+    ],
+)
+def test_where_the_pretrained_model_may_tell_nothing_the_pull_is_there_from_the_start(significance, passes, expected):
+    """Whatever the loss; where the late rule asks for more, that counts."""
+    auto = AutoStrength(entropy=1.0)
+    auto.begin(known(0.9, significance=significance), passes)
+    assert auto.value == pytest.approx(expected)
+    assert [auto.update(3.0, step, STEPS) for step in (1, STEPS // 2, STEPS)] == pytest.approx([expected] * 3)
+    for _ in range(300):
+        auto.update(0.0, 0, STEPS)
+    assert auto.value == pytest.approx(0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -195,7 +227,7 @@ def test_it_stays_within_bounds(entropy):
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
     auto = AutoStrength(entropy)
-    auto.begin(unexplained=2 / 3, added=1 / 13, passes=9.0)
+    auto.begin(known(2 / 3, 1 / 13, significance=5 / 3), passes=9.0)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
         auto.update(loss, 0, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
@@ -247,6 +279,23 @@ def make(tiny_bert_dir, classification_data, tmp_path):
     return make
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Too few passes over the data for a pull from the start."""
+    monkeypatch.setattr("hf_l2sp.auto.FEW_PASSES", 100.0)
+    monkeypatch.setattr("hf_l2sp.auto.MANY_PASSES", 200.0)
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """A last layer that adds .5, of a random model that tells next to nothing."""
+
+    def told_more(layers, targets):
+        return told(layers, targets)._replace(added=0.5 * (len(layers) > 2), significance=CERTAIN)
+
+    monkeypatch.setattr("hf_l2sp.auto_mixin.told", told_more)
+
+
 def strengths(trainer):
     return [log["l2sp_lambda"] for log in trainer.state.log_history if "l2sp_lambda" in log]
 
@@ -255,7 +304,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
 
-def test_lambda_rises_when_the_examples_are_fitted(make):
+def test_lambda_rises_when_the_examples_are_fitted(make, late):
     trainer = make()
     trainer.train()
     values = strengths(trainer)
@@ -267,13 +316,13 @@ def test_lambda_rises_when_the_examples_are_fitted(make):
     )
 
 
-def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
+def test_every_step_is_told_the_loss_of_the_step_before(make, late, monkeypatch):
     """The task loss of all micro-batches, without the penalty; λ follows one step later."""
-    told, update = [], AutoStrength.update
+    heard, update = [], AutoStrength.update
 
     def tell(self, loss, step, steps):
-        told.append(loss)
-        assert step == len(told)
+        heard.append(loss)
+        assert step == len(heard)
         return update(self, loss, step, steps)
 
     monkeypatch.setattr(AutoStrength, "update", tell)
@@ -288,12 +337,16 @@ def test_every_step_is_told_the_loss_of_the_step_before(make, monkeypatch):
     trainer.train()
     penalties = [log["l2sp_penalty"] for log in trainer.state.log_history if "l2sp_penalty" in log]
     sums = [sum(losses[i : i + 2]) - penalty for i, penalty in zip(range(0, 120, 2), penalties, strict=True)]
-    assert len(told) >= 59 and told == pytest.approx(sums[: len(told)], abs=1e-6)
-    replay = AutoStrength(trainer._l2sp_auto.entropy, trainer._l2sp_auto.unexplained)
-    assert strengths(trainer) == [SMALLEST, *(update(replay, loss, 1, 60) for loss in told[:59])]
+    assert len(heard) >= 59 and heard == pytest.approx(sums[: len(heard)], abs=1e-6)
+    found = trainer._l2sp_auto
+    replay = AutoStrength(found.entropy, found.unexplained, by_heart=found.by_heart)
+    assert strengths(trainer) == [
+        SMALLEST,
+        *(update(replay, loss, step, 60) for step, loss in enumerate(heard[:59], 1)),
+    ]
 
 
-def test_while_lambda_is_next_to_zero_it_is_plain_fine_tuning(make, monkeypatch):
+def test_while_lambda_is_next_to_zero_it_is_plain_fine_tuning(make, late, monkeypatch):
     """No row is held out, no random number drawn: with λ off the weights are those of Trainer, bit for bit."""
     monkeypatch.setattr(L2SPTrainer, "_l2sp_strength", lambda self: 0.0)
     auto = make("auto")
@@ -316,11 +369,11 @@ def check_resumed_is_uninterrupted(make, *steps):
     return whole
 
 
-def test_resumed_is_uninterrupted(make):
+def test_resumed_is_uninterrupted(make, late):
     assert max(strengths(check_resumed_is_uninterrupted(make, 24, 72))) > 1e-3
 
 
-def test_one_by_four_is_four_by_one(make):
+def test_one_by_four_is_four_by_one(make, late):
     one = make("one", dropout=0.0)
     four = make("four", dropout=0.0, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     one.train()
@@ -329,7 +382,7 @@ def test_one_by_four_is_four_by_one(make):
     torch.testing.assert_close(strengths(four), strengths(one), rtol=1e-2, atol=1e-5)
 
 
-def test_the_starting_value_does_not_matter(make):
+def test_the_starting_value_does_not_matter(make, late):
     trainers = []
     for start in (1e-3, 0.1, 10.0):
         trainers.append(make(f"{start}", l2sp_lambda=start))
@@ -338,7 +391,7 @@ def test_the_starting_value_does_not_matter(make):
     assert same(trainers[0], trainers[1]) and same(trainers[0], trainers[2])
 
 
-def test_evaluation_rows_do_not_enter(make, classification_data):
+def test_evaluation_rows_do_not_enter(make, late, classification_data):
     alone = make("alone")
     alone.train()
     beside = make("beside", eval_dataset=classification_data[:5])
@@ -398,41 +451,49 @@ def test_what_is_unexplained_is_that_of_the_pretrained_model(make, classificatio
     mask = batch["attention_mask"][..., None]
     features = (hidden * mask).sum(1) / mask.sum(1)
     targets = torch.nn.functional.one_hot(batch["labels"], 3)
-    expected = unexplained(features, targets)
+    expected = told([features], targets)
     trainer.train()
-    assert trainer._l2sp_auto.unexplained == pytest.approx(expected, rel=1e-5) and len(rows) == 12
+    found = trainer._l2sp_auto
+    assert found.unexplained == pytest.approx(expected.unexplained, rel=1e-5) and len(rows) == 12
+    assert found.by_heart == pytest.approx(learned_by_heart(expected), rel=1e-5)
 
 
 def test_a_short_training_looks_at_few_examples(make):
     assert look(make(), steps=30).unexplained == UNKNOWN != look(make(), steps=40).unexplained
 
 
-@pytest.fixture
-def early(monkeypatch):
-    """A last layer that adds .5, of a random model that would have nothing to add."""
-    monkeypatch.setattr("hf_l2sp.auto_mixin.last_layer_adds", lambda layers, targets: 0.5 * (len(layers) > 2))
+def test_lambda_begins_where_the_pretrained_model_tells_nothing(make, classification_data):
+    trainer = make()
+    trainer.train()
+    time = (60 * 4 / len(classification_data) - 4) / 12
+    assert trainer._l2sp_auto.by_heart == 1.0  # of random layers and 14 texts
+    values = strengths(trainer)
+    assert values[0] == min(values) == pytest.approx(time * LARGEST_UNEXPLAINED) and 0.0 < time < 1.0
 
 
 def test_lambda_begins_at_the_early_pull(make, early, classification_data):
     trainer = make()
     trainer.train()
-    passes = 60 * 4 / len(classification_data)
-    expected = early_pull(last_layer_worth(trainer._l2sp_auto.unexplained, 0.5), passes)
+    time = (60 * 4 / len(classification_data) - 4) / 12
+    expected = time * early_pull(last_layer_worth(known(trainer._l2sp_auto.unexplained, 0.5)))
     values = strengths(trainer)
     assert values[0] == trainer._l2sp_auto.early == pytest.approx(expected, rel=1e-6) and expected > 0.01
     assert values[:20] == pytest.approx([expected * (1 - step / 48) for step in range(20)], rel=1e-5)
 
 
-def test_what_the_last_layer_adds_is_that_of_the_pretrained_model(make, monkeypatch):
-    """The layers are those of θ0, from the embeddings on, without dropout."""
+def test_what_is_looked_at_are_the_layers_of_the_pretrained_model(make, monkeypatch):
+    """From the embeddings on, without dropout."""
     seen = []
-    monkeypatch.setattr("hf_l2sp.auto_mixin.last_layer_adds", lambda *found: seen.append(found))
+    monkeypatch.setattr("hf_l2sp.auto_mixin.told", lambda *found: seen.append(found))
     trainer = make()
     trainer.train()
     (layers, targets), *others = seen
-    assert not others and trainer._l2sp_auto.early == 0.0  # None: not known
+    assert not others and trainer._l2sp_auto.unexplained == UNKNOWN  # None: not known
     assert len(layers) == trainer.model.config.num_hidden_layers + 1
-    assert unexplained(layers[-1], targets) == pytest.approx(trainer._l2sp_auto.unexplained, rel=1e-6)
+    monkeypatch.undo()
+    again = make("again")
+    again.train()
+    assert told(layers, targets).unexplained == pytest.approx(again._l2sp_auto.unexplained, rel=1e-6)
 
 
 def test_resumed_early_pull_is_uninterrupted(make, early):
@@ -457,7 +518,7 @@ def test_without_strength_there_is_nothing_to_find():
         L2SPTrainingArguments("out", l2sp_schedule="auto", l2sp_lambda=0.0)
 
 
-def test_the_loss_scale_does_not_enter(make):
+def test_the_loss_scale_does_not_enter(make, late):
     """The scale is a power of two, with which float32 gradients are scaled and unscaled exactly."""
     runs = []
     for scale in (None, 2.0**10):

@@ -12,7 +12,7 @@ from transformers import (
     FunnelForSequenceClassification,
 )
 
-from hf_l2sp.press import RIDGES, last_layer_adds, left_out, unexplained
+from hf_l2sp.press import RIDGES, left_out, told
 from hf_l2sp.representations import represented
 
 
@@ -39,6 +39,11 @@ def naive(features, targets):
 def naive_mean_errors(targets):
     y = targets.double()
     return torch.stack([(y[i] - y[torch.arange(len(y)) != i].mean(0)).square().sum() for i in range(len(y))])
+
+
+def unexplained(features, targets):
+    found = told([features], targets)
+    return None if found is None else found.unexplained
 
 
 def data(count, noise):
@@ -93,33 +98,56 @@ def test_without_enough_to_go_by_it_is_not_known():
     assert unexplained(torch.ones(30, 4), targets) == 1.0
 
 
-def test_what_the_last_layer_adds_is_that_of_refits():
+def test_what_is_told_is_that_of_refits():
     torch.manual_seed(3)
     features, targets = data(40, 0.3)
     layers = [torch.randn(40, 5), features + 0.5 * torch.randn(40, 12), features]
-    errors = [naive(layer, targets) for layer in layers]
+    errors, mean = [naive(layer, targets) for layer in layers], naive_mean_errors(targets)
     gain = min(errors[:2], key=lambda missed: float(missed.sum())) - errors[2]
-    expected = (gain.mean() - gain.std() / 40**0.5) / naive_mean_errors(targets).mean()
-    assert last_layer_adds(layers, targets) == pytest.approx(float(expected), rel=1e-8) and expected > 0.02
+    added = (gain.mean() - gain.std() / 40**0.5) / mean.mean()
+    beside_mean = mean - errors[2]
+    significance = beside_mean.mean() / (beside_mean.std() / 40**0.5)
+    expected = [float(found) for found in (errors[2].sum() / mean.sum(), significance, added)]
+    assert list(told(layers, targets)) == pytest.approx(expected, rel=1e-8) and added > 0.02 and significance > 3.0
 
 
 def test_a_last_layer_that_knows_less_adds_nothing():
     torch.manual_seed(3)
     features, targets = data(200, 0.3)
     noise = torch.randn(200, 12)
-    assert last_layer_adds([noise, features, noise], targets) < -0.2
-    assert last_layer_adds([noise, features, features], targets) == 0.0
-    assert last_layer_adds([noise, noise], torch.randn(200, 2)) <= 0.0
+    assert told([noise, features, noise], targets).added < -0.2
+    assert told([noise, features, features], targets).added == 0.0
+    assert told([noise, noise], torch.randn(200, 2)).added <= 0.0
     # Beside layers that are worse than the mean it is the mean that counts.
     few = torch.randn(200, 1)
-    assert 0.0 < last_layer_adds([few, features], targets) <= 1.0 - unexplained(features, targets)
+    assert 0.0 < told([few, features], targets).added <= 1.0 - unexplained(features, targets)
 
 
-def test_one_layer_or_none_that_can_be_told_of_adds_what_is_not_known():
+def test_by_chance_less_than_a_standard_error_is_explained():
+    """Most times; the ridge that fits best makes a little more of noise than there is."""
+    found = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        features, classes = torch.randn(24, 50), torch.nn.functional.one_hot(torch.arange(24) % 3, 3)
+        found.append(told([features], classes).significance)
+    assert sum(value < 1.0 for value in found) > 0.75 * len(found) and sum(value < 3.0 for value in found) > 0.98 * 200
+    features, targets = data(200, 0.3)
+    assert told([features], targets).significance > 10.0
+
+
+def test_gains_without_spread():
+    targets = torch.tensor([[0.0], [1.0]] * 10)
+    assert told([torch.ones(20, 3)], targets).significance == 0.0
+    # Told apart without error but for what the least ridge costs, which is the same for all.
+    assert told([targets], targets).significance > 1e6
+
+
+def test_one_layer_adds_nothing_and_of_some_nothing_can_be_told():
     features, targets = data(30, 1.0)
-    assert last_layer_adds([features], targets) is None and last_layer_adds([], targets) is None
-    assert last_layer_adds([features[:7], features[:7]], targets[:7]) is None
-    assert last_layer_adds([features.where(features > 0, torch.nan), features], targets) is None
+    assert told([features], targets).added == 0.0
+    assert told([], targets) is None
+    assert told([features[:7], features[:7]], targets[:7]) is None
+    assert told([features.where(features > 0, torch.nan), features], targets) is None
 
 
 # --- what a model makes of a batch ----------------------------------------------------------------------------------

@@ -102,7 +102,13 @@ from transformers import (  # noqa: E402
 
 from hf_l2sp import L2SPTrainer, L2SPTrainingArguments  # noqa: E402
 from hf_l2sp.naming import canonical_name  # noqa: E402
-from hf_l2sp.press import last_layer_adds  # noqa: E402
+from hf_l2sp.press import told  # noqa: E402
+
+
+def told_much(*seen: Any) -> Any:
+    """The last layer adds something, and nothing is learned by heart."""
+    found = told(*seen)
+    return found and found._replace(added=abs(found.added), significance=100.0)
 
 
 def arguments(cls: type[TrainingArguments], name: str, **changes: Any) -> TrainingArguments:
@@ -297,16 +303,22 @@ def main() -> None:
     if resumes and not BACKEND.startswith("zero"):
         run("decoupled_resumed", resume=str(FOLDER / "decoupled" / "checkpoint-3"), **decoupled)
     auto = {"l2sp_schedule": "auto", "max_grad_norm": 0.5, "learning_rate": 1e-2, "num_train_epochs": 3}
-    # So that these few steps reach it, and look at enough examples.
-    with mock.patch("hf_l2sp.auto.FITTED", 0.95), mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0):
+    # So that these few steps reach it, look at enough examples, and tell something in between of what is by heart.
+    with (
+        mock.patch("hf_l2sp.auto.FITTED", 0.95),
+        mock.patch("hf_l2sp.auto.CHANCE", -10.0),
+        mock.patch("hf_l2sp.auto.CERTAIN", 10.0),
+        mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0),
+    ):
         found = run("auto", **auto)
-    outcome["auto"], outcome["unexplained"] = found_strengths(found), found._l2sp_auto.unexplained
+    outcome["auto"] = found_strengths(found)
+    outcome["told"] = [found._l2sp_auto.unexplained, found._l2sp_auto.by_heart]
     # And that there is something to let go of: these layers know nothing, and there are few passes.
     with (
         mock.patch("hf_l2sp.auto.FEW_PASSES", 0.0),
         mock.patch("hf_l2sp.auto.MANY_PASSES", 1.0),
         mock.patch("hf_l2sp.auto_mixin.LOOKED_AT", 1.0),
-        mock.patch("hf_l2sp.auto_mixin.last_layer_adds", lambda *seen: abs(last_layer_adds(*seen) or 0.0)),
+        mock.patch("hf_l2sp.auto_mixin.told", told_much),
     ):
         found = run("early", **{**auto, "num_train_epochs": 1})
     outcome["early"] = found_strengths(found)
