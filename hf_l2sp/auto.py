@@ -33,7 +33,7 @@ SPAN, SHORTEST = 1 / 16, 4
 
 @dataclass
 class AutoStrength:
-    """λ from the loss that is trained on, and an early pull where θ0's last layer knows what no lower one does.
+    """λ from the loss that is trained on, and a pull from the start where little or nothing of θ0 knows the labels.
 
     Late: next to 0 until the examples are fitted, the larger the better they are. With L the moving average of the
     training loss and δ = `FITTED` · u² times the entropy of the labels, λ = m · max(0, 1 − L/δ). u is the share of the
@@ -98,7 +98,7 @@ class AutoStrength:
 
         Args:
             told: By its representations of some training examples.
-            passes: Over the training examples, in all of the training.
+            passes: Over the training examples, in all of the training; 0 to leave out the pulls from the start.
         """
         self.unexplained = told.unexplained
         self.worth, self.by_heart = last_layer_worth(told), learned_by_heart(told)

@@ -95,7 +95,7 @@ class L2SPAutoMixin:
         if found is not None:
             # Over processes that saw the same, but may have rounded in other ways.
             same = self.accelerator.reduce(torch.tensor(found, device=self.args.device), "mean")  # type: ignore[attr-defined]
-            auto.begin(Told(*same.tolist()), self._l2sp_trained_on() / len(data))
+            auto.begin(Told(*same.tolist()), self._l2sp_trained_on() / len(data) if in_nats(labels) else 0.0)
         logger.info(
             f"l2sp_schedule='auto': labels of {auto.entropy:.3g} nats, of whose variance the pretrained model's "
             f"representations leave {auto.unexplained:.0%} unexplained{'' if found is not None else ' (assumed)'}; "
@@ -155,6 +155,11 @@ class L2SPAutoMixin:
         if self._l2sp_auto is not None and self._l2sp_loss is not None:
             loss, self._l2sp_loss = float(self._l2sp_loss), None
             self._l2sp_auto.update(loss, self.state.global_step, self.state.max_steps)
+
+
+def in_nats(labels: Tensor) -> bool:
+    """Whether a loss is one of classes. That of numbers is in their units, in which no λ to begin with is known."""
+    return not labels.is_floating_point() or bool(((labels == 0) | (labels == 1)).all())
 
 
 def label_entropy(labels: Tensor) -> float:

@@ -28,7 +28,7 @@ from hf_l2sp.auto import (
     last_layer_worth,
     learned_by_heart,
 )
-from hf_l2sp.auto_mixin import LOOKED_AT, label_entropy
+from hf_l2sp.auto_mixin import LOOKED_AT, in_nats, label_entropy
 from hf_l2sp.press import Told, told
 
 from .helpers import quick
@@ -252,6 +252,20 @@ def test_label_entropy(labels, expected):
     assert label_entropy(labels) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([0, 5]), True),
+        (torch.tensor([True, False]), True),
+        (torch.tensor([[0.0, 1.0], [1.0, 1.0]]), True),
+        (torch.tensor([0.5, 1.0]), False),
+        (torch.tensor([0.0, 2.0]), False),
+    ],
+)
+def test_a_loss_of_numbers_is_not_in_nats(labels, expected):
+    assert in_nats(labels) is expected
+
+
 # --- the trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +483,19 @@ def test_lambda_begins_where_the_pretrained_model_tells_nothing(make, classifica
     assert trainer._l2sp_auto.by_heart == 1.0  # of random layers and 14 texts
     values = strengths(trainer)
     assert values[0] == min(values) == pytest.approx(time * LARGEST_UNEXPLAINED) and 0.0 < time < 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (lambda row: row["labels"], LARGEST_UNEXPLAINED),
+        (lambda row: torch.eye(3)[row["labels"]], LARGEST_UNEXPLAINED),
+        (lambda row: 0.01 * row["labels"].float(), SMALLEST),
+    ],
+)
+def test_labels_that_are_numbers_have_no_pull_from_the_start(make, classification_data, labels, expected):
+    auto = look(make(data=[{**row, "labels": labels(row)} for row in classification_data]), steps=200)
+    assert auto.by_heart > 0.9 and auto.value == pytest.approx(expected, rel=0.1)
 
 
 def test_lambda_begins_at_the_early_pull(make, early, classification_data):
