@@ -109,6 +109,7 @@ results-domains: $(VENV)/.dev ## Measure the recipes on real data: make results-
 STUDY := $(RUN)/python recipes/benchmarks/quality.py --workers 2
 QUALITY := $(STUDY) --data $(DATA)
 FOUR_SETS := medical_abstracts clothing_reviews cuad_clauses medquad_info_type
+REVIEWS := --methods plain "l2sp 0.01" "l2sp 0.03" "l2sp 0.1" auto
 TASKS := build/few_classes
 FEW := $(RUN)/python recipes/benchmarks/few_classes.py --output $(TASKS)
 OF_FEW := $(STUDY) --data $(TASKS) --shots 8 --sets cuad_clauses_4 medquad_info_type_4 medical_abstracts_3 \
@@ -123,6 +124,8 @@ results-quality: $(VENV)/.dev ## Compare methods and strengths, few labels: make
 	$(STUDY) --data recipes/data --shots 8 \
 		--sets clinical_notes contract_clauses shop_reviews clinical_ner finance_ner \
 		--methods plain "l2sp 0.01" "l2sp 0.1" "held-out slope" auto
+	$(QUALITY) --shots 8 --sets tiny_sentiment clothing_reviews --seeds $(shell seq 6 16) $(REVIEWS)
+	$(STUDY) --data recipes/data --shots 8 --sets shop_reviews --seeds $(shell seq 6 20) $(REVIEWS)
 	rm -rf $(TASKS)
 	$(FEW) --data $(DATA) --classes 4 --sets cuad_clauses medquad_info_type
 	$(FEW) --data $(DATA) --classes 3 --sets medical_abstracts
