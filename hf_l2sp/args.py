@@ -42,7 +42,7 @@ class L2SPArguments:
             within 0.03 and 0.3. Unless θ0 knows nothing of them, or only its last layer does, this is let go over the
             first 0.6 of the steps. Where only the last layer of θ0 tells the classes apart, λ begins at up to 0.3 and
             falls to 0 over the first 0.8 of the steps, and where θ0 may as well tell nothing of them λ is never below
-            0.03, both in trainings of more than 4 passes over the data. Where each word has a label it stays next to
+            0.03, both in trainings of more than 8 passes over the data. Where each word has a label it stays next to
             0. It takes no validation data, and whatever `l2sp_lambda` says, as long as it is not 0, does not enter.
         l2sp_mode (`str`, defaults to `"loss"`):
             `loss`: the penalty is part of the objective. `decoupled`: the optimizer step begins with

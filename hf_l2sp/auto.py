@@ -24,7 +24,7 @@ HELD, HELD_LATE = 0.8, 0.6
 # What the last layer adds to the labels, times what it leaves open, from which the early pull is `LARGEST`.
 WORTH = 0.06
 # Passes over the data up to which there is no pull from the start, for it takes time, and from which on there is all.
-FEW_PASSES, MANY_PASSES = 4.0, 16.0
+FEW_PASSES, MANY_PASSES = 8.0, 16.0
 # Standard errors of what θ0 explains: up to which it may be chance, and from which on it is none.
 CHANCE, CERTAIN = 1.0, 3.0
 # Optimizer steps that the moving average of the loss looks back on: part of the training, and the fewest.

@@ -131,7 +131,7 @@ def test_a_longer_training_is_looked_at_for_longer():
 def test_the_early_pull_is_let_go():
     """In a straight line to 0 at 0.8 of the steps; where the late rule asks for more, that counts."""
     auto = AutoStrength(entropy=1.0)
-    auto.begin(known(0.8, 0.1), passes=13.6)
+    auto.begin(known(0.8, 0.1), passes=14.4)
     assert auto.value == pytest.approx(0.24)
     assert [auto.update(2.0, step, 100) for step in (20, 40, 79)] == pytest.approx([0.18, 0.12, 0.003])
     assert auto.update(2.0, 80, 100) == auto.update(2.0, 100, 100) == SMALLEST
@@ -173,8 +173,8 @@ def test_the_late_pull_is_let_go_but_for_what_is_kept(told, kept):
         (known(0.6, 0.1), 16.0, 0.3),
         (known(0.6, 0.05), 16.0, 0.3 / 16),
         (known(0.3, 0.1), 99.0, 0.3 / 16),
-        (known(0.7, 0.3), 10.0, 0.15),
-        (known(0.7, 0.3), 4.0, 0.0),
+        (known(0.7, 0.3), 12.0, 0.15),
+        (known(0.7, 0.3), 8.0, 0.0),
         (known(0.7, 0.3), 0.1, 0.0),
         (known(0.7, -0.3), 30.0, 0.0),
         (known(2.0, 0.03), 30.0, 0.3 / 16),
@@ -193,9 +193,9 @@ def test_the_early_pull_is_what_the_last_layer_adds_and_there_is_time_for(told, 
         (CHANCE, 16.0, LARGEST_UNEXPLAINED),
         (-math.inf, 99.0, LARGEST_UNEXPLAINED),
         (2.0, 16.0, LARGEST_UNEXPLAINED / 2),
-        (CHANCE, 10.0, LARGEST_UNEXPLAINED / 2),
+        (CHANCE, 12.0, LARGEST_UNEXPLAINED / 2),
         (CERTAIN, 16.0, SMALLEST),
-        (CHANCE, 4.0, SMALLEST),
+        (CHANCE, 8.0, SMALLEST),
     ],
 )
 def test_where_the_pretrained_model_may_tell_nothing_the_pull_is_there_from_the_start(significance, passes, expected):
@@ -227,7 +227,7 @@ def test_it_stays_within_bounds(entropy):
 @pytest.mark.parametrize("entropy", [1 / 3, math.inf])
 def test_state_survives_json(entropy):
     auto = AutoStrength(entropy)
-    auto.begin(known(2 / 3, 1 / 13, significance=5 / 3), passes=9.0)
+    auto.begin(known(2 / 3, 1 / 13, significance=5 / 3), passes=11.0)
     for loss in (2.1, 0.37, 0.01, 1 / 300):
         auto.update(loss, 0, STEPS)
     again = AutoStrength.from_state(json.loads(json.dumps(auto.state_dict(), allow_nan=False)))
@@ -479,7 +479,7 @@ def test_a_short_training_looks_at_few_examples(make):
 def test_lambda_begins_where_the_pretrained_model_tells_nothing(make, classification_data):
     trainer = make()
     trainer.train()
-    time = (60 * 4 / len(classification_data) - 4) / 12
+    time = (60 * 4 / len(classification_data) - 8) / 8
     assert trainer._l2sp_auto.by_heart == 1.0  # of random layers and 14 texts
     values = strengths(trainer)
     assert values[0] == min(values) == pytest.approx(time * LARGEST_UNEXPLAINED) and 0.0 < time < 1.0
@@ -501,7 +501,7 @@ def test_labels_that_are_numbers_have_no_pull_from_the_start(make, classificatio
 def test_lambda_begins_at_the_early_pull(make, early, classification_data):
     trainer = make()
     trainer.train()
-    time = (60 * 4 / len(classification_data) - 4) / 12
+    time = (60 * 4 / len(classification_data) - 8) / 8
     expected = time * early_pull(last_layer_worth(known(trainer._l2sp_auto.unexplained, 0.5)))
     values = strengths(trainer)
     assert values[0] == trainer._l2sp_auto.early == pytest.approx(expected, rel=1e-6) and expected > 0.01
